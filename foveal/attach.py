@@ -1,0 +1,304 @@
+"""Put a method on a model, take it off again."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
+from transformers.cache_utils import Cache, DynamicCache, DynamicLayer
+from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, causal_mask_function
+
+from .attention import Part, foveal_attention
+from .cache import ACTIVE, Store
+from .edits import Plane
+from .errors import FovealError, InputError, UnsupportedModel
+from .method import Method, iterate
+from .rope import Rope
+from .step import Pass
+
+NAME = "foveal"
+_ATTACHED: weakref.WeakKeyDictionary[nn.Module, Session] = weakref.WeakKeyDictionary()
+
+
+@dataclass(frozen=True)
+class ModelInfo:
+    """What a method may ask of the model it is put on."""
+
+    model: PreTrainedModel
+    layers: tuple[int, ...]
+    """Indices of the layers with full causal attention: those Foveal manages."""
+    n_layers: int
+    heads: int
+    kv_heads: int
+    head_dim: int
+    max_positions: int | None
+
+    @cached_property
+    def rope(self) -> Rope:
+        """The model's rotary embedding acting on cached keys; raises UnsupportedModel where that is not possible."""
+        return Rope.of(self.model)
+
+    @staticmethod
+    def of(model: PreTrainedModel) -> ModelInfo:
+        config = model.config.get_text_config(decoder=True)
+        _refuse_model(model, config)
+        native = DynamicCache(config=config).layers
+        heads = config.num_attention_heads
+        return ModelInfo(
+            model=model,
+            layers=tuple(i for i, layer in enumerate(native) if type(layer) is DynamicLayer),
+            n_layers=len(native),
+            heads=heads,
+            kv_heads=getattr(config, "num_key_value_heads", None) or heads,
+            head_dim=getattr(config, "head_dim", None) or config.hidden_size // heads,
+            max_positions=getattr(config, "max_position_embeddings", None),
+        )
+
+
+def _refuse_model(model: PreTrainedModel, config) -> None:
+    name = type(model).__name__
+    if getattr(model.config, "is_encoder_decoder", False):
+        raise UnsupportedModel(f"{name} is an encoder-decoder: attach a decoder-only causal language model")
+    if getattr(config, "kv_lora_rank", None):
+        raise UnsupportedModel(
+            f"{name} caches one latent for all heads (multi-head latent attention), so there are no keys per head to keep or drop: "
+            "use a model with ordinary or grouped key-value heads"
+        )
+    if getattr(config, "num_kv_shared_layers", 0):
+        raise UnsupportedModel(f"{name} shares keys and values between layers, which cannot be attached: use a model without")
+    if not getattr(model, "_supports_attention_backend", False):
+        raise UnsupportedModel(f"{name} does not route attention through transformers' attention interface, so it cannot be attached")
+    if not getattr(config, "is_causal", True):
+        raise UnsupportedModel(f"{name} attends in both directions: only causal models keep a cache")
+
+
+def attach(model: PreTrainedModel, method: Method | str | None = None) -> Session:
+    """Put a method on a model; use as `with foveal.attach(model, method) as session:` or with `foveal.detach(model)`.
+
+    method: a Method, a composition `a | b`, a name or specification like "h2o(budget=0.25)", or None for the plain path, whose logits are the
+    model's own. On leaving, the model is as it was, also after an exception.
+    Raises UnsupportedModel where the model cannot meet a need, InputError for bad values; nothing has changed then.
+    """
+    if isinstance(method, str):
+        from .method import get_method
+
+        method = get_method(method)
+    if not isinstance(model, PreTrainedModel):
+        raise InputError(f"expected a transformers model, got {type(model).__name__}")
+    if method is not None and not isinstance(method, Method):
+        raise InputError(f"expected a foveal Method, a name or None, got {type(method).__name__}")
+    decoder = model.get_decoder()
+    if decoder in _ATTACHED:
+        raise FovealError("this model is attached already: detach it first, or compose methods with `a | b`")
+    return Session(model, decoder, method)
+
+
+def detach(model: PreTrainedModel) -> None:
+    """Take the method off a model that was attached; no effect on a model that is not."""
+    session = _ATTACHED.get(model.get_decoder())
+    if session is not None:
+        session.close()
+
+
+class Session:
+    """A model with a method on it. `store` is the cache of the latest forward pass."""
+
+    def __init__(self, model: PreTrainedModel, decoder: nn.Module, method: Method | None):
+        self.model, self.decoder, self.method = model, decoder, method
+        self.info = ModelInfo.of(model)
+        self.config = decoder.config
+        self.original = self.config._attn_implementation
+        self.store: Store | None = None
+        self.active = self._resolve()
+        self.planes = self._planes()
+        self._more = False
+        self._tokens: list = []
+        AttentionInterface.register(NAME, foveal_attention)
+        AttentionMaskInterface.register(NAME, _mask)
+        decoder.set_attn_implementation(NAME)
+        if self.config._attn_implementation != NAME:
+            raise UnsupportedModel(f"{type(model).__name__} does not let its attention implementation be set")
+        self._hooks = [
+            decoder.register_forward_pre_hook(self._enter, with_kwargs=True),
+            decoder.register_forward_hook(self._leave, always_call=True),
+        ]
+        _ATTACHED[decoder] = self
+
+    def _resolve(self) -> dict[int, tuple[Part, ...]]:
+        """Which parts act on which layer, set up once; a layer nobody acts on costs nothing."""
+        active: dict[int, list[Part]] = {i: [] for i in self.info.layers}
+        for m in iterate(self.method):
+            if not self.info.layers:
+                raise UnsupportedModel(
+                    f"{type(self.model).__name__} has no layer with full attention (sliding windows or linear layers only), so "
+                    f"'{m.name}' has nothing to act on"
+                )
+            part = Part(m, m.setup(self.info))
+            for i in m.where(self.info):
+                if i in active:
+                    active[i].append(part)
+        return {i: tuple(parts) for i, parts in active.items()}
+
+    def _planes(self) -> dict[str, Plane]:
+        planes: dict[str, Plane] = {}
+        for m in iterate(self.method):
+            planes.update(m.planes)
+        return planes
+
+    # ------------------------------------------------------------------ around a forward pass
+
+    def _enter(self, decoder: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
+        names = ("input_ids", "attention_mask", "position_ids", "past_key_values", "inputs_embeds")
+        kwargs = {**dict(zip(names, args, strict=False)), **kwargs}
+        if decoder.training and getattr(decoder, "is_gradient_checkpointing", False):
+            raise InputError("gradient checkpointing runs attention twice and cannot be attached: switch it off first")
+        store = self._cache(kwargs.get("past_key_values"))
+        kwargs["past_key_values"] = self.store = store
+        x = kwargs.get("input_ids") if kwargs.get("input_ids") is not None else kwargs.get("inputs_embeds")
+        if x is None:
+            raise InputError("the model was called without input_ids or inputs_embeds: give one of them")
+        if x.shape[1] == 0 or x.shape[0] == 0:
+            raise InputError("the prompt is empty: give at least one token")
+        pass_ = self._pass(store, kwargs, x.shape[0], x.shape[1])
+        self._tokens.append(ACTIVE.set(pass_))
+        for sub in pass_.parts or [pass_]:
+            for i, m in enumerate(iterate(self.method)):
+                sub.key[i] = m.begin(sub)
+        return (), kwargs
+
+    def _leave(self, decoder: nn.Module, args: tuple, output: Any) -> None:
+        pass_ = ACTIVE.get()
+        if pass_ is None or pass_.session is not self or not self._tokens:
+            return
+        ACTIVE.reset(self._tokens.pop())
+        if output is None:  # the forward pass raised: its store is not usable any more
+            return
+        pass_.store.counts = [c + n for c, n in zip(pass_.counts, pass_.added, strict=True)]
+        for m in iterate(self.method):
+            if "end" in m.asks:
+                m.end(pass_)
+
+    def _cache(self, given: Cache | None) -> Store:
+        if isinstance(given, Store):
+            if given.owner != self.signature:
+                raise InputError("this cache was filled by another method or model: start with an empty cache after attaching")
+            return given
+        if given is not None and given.get_seq_length() > 0:
+            raise InputError("past_key_values holds tokens that this session did not read: start with an empty cache")
+        return self.new_store()
+
+    @property
+    def signature(self) -> tuple:
+        return (self.method, id(self.decoder))
+
+    def new_store(self) -> Store:
+        """An empty cache for this model and method."""
+        evicts = self.method is not None and bool({"keep", "end"} & set(self.method.asks))
+        store = Store(self.config, self.info.layers, self.planes, evicts)
+        store.owner = self.signature
+        return store
+
+    def _pass(self, store: Store, kwargs: dict, batch: int, length: int) -> Pass:
+        counts = store.counts or [0] * batch
+        if len(counts) != batch:
+            raise InputError(f"the cache holds {len(counts)} sequences but the input has {batch}: use one cache for each batch")
+        mask = kwargs.get("attention_mask")
+        if mask is not None and mask.ndim != 2:
+            raise InputError(f"expected a 2-D attention mask [batch, columns], got {mask.ndim} dimensions: custom masks cannot be attached")
+        fresh = not any(counts)
+        self._check_positions(kwargs.get("position_ids"), mask, length, fresh)
+        decode = length == 1 and not fresh
+        ids = kwargs.get("input_ids")
+        pass_ = Pass(self, store, counts, length, decode, not self._more, ids)
+        columns = _real_columns(mask, batch, length, decode)
+        pass_.added = [length if c is None else len(c) for c in columns]
+        self._check_length(counts, pass_.added)
+        if not decode:
+            pass_.columns = columns
+            for b in range(batch):
+                own = None if ids is None else (ids[b : b + 1] if columns[b] is None else ids[b : b + 1, columns[b]])
+                sub = Pass(self, store, [counts[b]], pass_.added[b], False, not self._more, own)
+                sub.columns = [None]
+                pass_.parts.append(sub)
+        return pass_
+
+    def _check_length(self, counts: list[int], added: list[int]) -> None:
+        limit = self.info.max_positions
+        longest = max(c + n for c, n in zip(counts, added, strict=True))
+        beyond = self.method is not None and any(getattr(m, "unbounded", False) for m in iterate(self.method))
+        if limit is not None and longest > limit and not beyond:
+            raise InputError(f"the text is {longest} tokens long but the model has {limit} positions: shorten it")
+
+    @staticmethod
+    def _check_positions(position_ids: Tensor | None, mask: Tensor | None, length: int, fresh: bool) -> None:
+        if position_ids is None or mask is not None or length == 1 or not fresh or position_ids.ndim != 2:
+            return
+        if bool((position_ids[:, 1:] != position_ids[:, :-1] + 1).any()):
+            raise InputError("position_ids restart inside a row: packed sequences cannot be attached, give them as a padded batch")
+
+    # ------------------------------------------------------------------ for callers
+
+    @contextmanager
+    def open_prompt(self) -> Iterator[None]:
+        """Inside, forward passes are chunks of a prompt that goes on: methods that act at its end wait."""
+        if self.method is not None and any("whole_prompt" in m.needs for m in iterate(self.method)):
+            raise InputError("a method of this session needs the whole prompt at once: do not read it in chunks")
+        self._more = True
+        try:
+            yield
+        finally:
+            self._more = False
+
+    def close(self) -> None:
+        """Leave the model as it was found."""
+        if _ATTACHED.get(self.decoder) is not self:
+            return
+        for hook in self._hooks:
+            hook.remove()
+        self.decoder.set_attn_implementation(self.original)
+        del _ATTACHED[self.decoder]
+
+    def __enter__(self) -> Session:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.close()
+
+
+def _real_columns(mask: Tensor | None, batch: int, length: int, decode: bool) -> list[Tensor | None]:
+    """For each sequence the columns of this call that hold real tokens; None where all do."""
+    if mask is None:
+        return [None] * batch
+    if mask.shape[0] != batch or mask.shape[1] < length:
+        raise InputError(f"expected an attention mask [{batch}, at least {length}], got {list(mask.shape)}")
+    if decode:
+        # on a GPU looking would stall the device; there the newest column is taken to be real, as `generate` makes it
+        if mask.device.type == "cpu" and not mask[:, -1].detach().numpy().all():
+            raise InputError("a decode step has a masked newest column: drop finished sequences from the batch instead")
+        return [None] * batch
+    now = mask[:, -length:].bool()
+    if bool(now.all()):
+        return [None] * batch
+    columns = [row.nonzero().flatten() for row in now]
+    for b, c in enumerate(columns):
+        if len(c) == 0:
+            raise InputError(f"sequence {b} of the batch is empty: every row needs at least one real token")
+    return [None if len(c) == length else c for c in columns]
+
+
+def _mask(*, mask_function=causal_mask_function, config=None, local_size: int | None = None, **kwargs) -> Tensor | None:
+    """Layers with a window keep the mask of the model's own implementation; the others need none."""
+    pass_ = ACTIVE.get()
+    if local_size is not None and pass_ is not None:
+        own = ALL_MASK_ATTENTION_FUNCTIONS[pass_.session.original]
+        return own(mask_function=mask_function, config=config, local_size=local_size, **kwargs)
+    if mask_function is not causal_mask_function:
+        raise UnsupportedModel("the model asks for a mask that is not plain causal here: it cannot be attached for this input")
+    return None

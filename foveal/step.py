@@ -1,0 +1,267 @@
+"""What a method may look at: a `Step` is one layer's part of one forward pass.
+
+In prefill a step is one sequence without padding (batch 1, length >= 1); in decode it is the whole batch with one query each. Slots
+number the keys of a row in the store, the step's own keys included; they are valid until the next `keep`. What crosses layers
+or steps are token ids, never slots.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Hashable, Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from .edits import Bias, Keep
+from .errors import InputError
+from .method import Budget, tokens_of
+from .ops import ragged
+from .ops.ragged import Logit
+from .selection import All, Selection
+from .store import FAR, LayerStore, Rows
+
+if TYPE_CHECKING:
+    from .attach import ModelInfo, Session
+    from .cache import Store, StoreLayer
+
+
+class Pass:
+    """One model forward: of one prefill sequence, or of one decode batch.
+
+    store: all layers.  counts: tokens each sequence had seen before.  ids: token ids [batch, length] or None.  state: a dictionary for what
+    methods share across layers during this pass (token ids, never slots).  key: what `begin` returned.
+    """
+
+    def __init__(
+        self, session: Session, store: Store, counts: Sequence[int], length: int, decode: bool, done: bool, ids: Tensor | None
+    ):
+        self.session, self.store, self.counts, self.length = session, store, list(counts), length
+        self.decode, self.prompt_done, self.ids = decode, done, ids
+        self.pending: StoreLayer | None = None
+        self.parts: list[Pass] = []  # prefill of a batch: one pass for each sequence
+        self.columns: list[Tensor | None] = []  # and the columns of its real tokens (None: all)
+        self.state: dict[str, Any] = {}
+        self.key: dict[int, Hashable] = {}
+        self.added: list[int] = [length] * len(self.counts)  # real tokens of each sequence in this pass
+        self._token: Tensor | None = None
+
+    @property
+    def same(self) -> bool:
+        """Every sequence has seen equally many tokens."""
+        return len(set(self.counts)) == 1
+
+    def token(self, device: torch.device) -> int | Tensor:
+        """Token id of the first new token: a number, or [batch] when sequences differ."""
+        if self.same:
+            return self.counts[0]
+        if self._token is None:
+            self._token = torch.tensor(self.counts, dtype=torch.int32).to(device, non_blocking=True)
+        return self._token
+
+
+class Step:
+    """One layer, one call.
+
+    q: [batch, heads, length, head_dim].  k_new, v_new: [batch, kv_heads, length, head_dim].  stats: the statistics a method named in
+    `needs`, [batch, heads, T] or [batch, heads, length].  plan: what the method's `setup` returned.  scratch: dies with the step.
+    visible: what the selections before this one left.
+    """
+
+    def __init__(
+        self, pass_: Pass, layer: int, store: LayerStore, q: Tensor, k_new: Tensor, v_new: Tensor, logit: Logit
+    ):
+        self.pass_, self.layer, self.store = pass_, layer, store
+        self.q, self.k_new, self.v_new, self.logit = q, k_new, v_new, logit
+        self.H, self.G, self.L = q.shape[1], k_new.shape[1], q.shape[2]
+        self.decode, self.prompt_done, self.state = pass_.decode, pass_.prompt_done, pass_.state
+        self.stats: dict[str, Tensor] = {}
+        self.scratch: dict[str, Any] = {}
+        self.visible: Selection = All()
+        self.bias: Bias | None = None
+        self.plan: Any = None
+
+    # ------------------------------------------------------------------ facts
+
+    @property
+    def model(self) -> ModelInfo:
+        return self.pass_.session.info
+
+    @property
+    def device(self) -> torch.device:
+        return self.q.device
+
+    @property
+    def scale(self) -> float:
+        return self.logit.scale
+
+    @property
+    def group_size(self) -> int:
+        return self.H // self.G
+
+    @property
+    def T(self) -> int:
+        return self.store.T
+
+    @property
+    def token(self) -> Tensor:
+        """Token id of each slot, [batch, kv_heads, T]; FAR where empty."""
+        return self.store.token
+
+    @property
+    def q_token(self) -> Tensor:
+        """Token id of each query, [batch, length]."""
+        first = self.pass_.token(self.device)
+        first = first[:, None] if isinstance(first, Tensor) else first
+        return torch.arange(self.L, device=self.device).expand(self.q.shape[0], -1) + first
+
+    @property
+    def past(self) -> int | Tensor:
+        """Keys each row held before this step: a number if all hold the same, else [batch, kv_heads]."""
+        n = self.store.uniform
+        return n - self.L if n is not None else self.store.len - self.L
+
+    @property
+    def new_keys(self) -> Tensor:
+        """Which slots are this step's own keys, bool [batch, kv_heads, T]."""
+        token = self.token
+        return (token >= self.q_token[:, :1, None]) & (token != FAR)
+
+    def seen(self) -> int | Tensor:
+        """Tokens seen so far, this step's included: a number, or [batch] when sequences differ."""
+        first = self.pass_.token(self.device)
+        return first + self.L
+
+    def budget(self, budget: Budget) -> int | Tensor:
+        """How many keys a budget allows now: a number, or [batch, 1] when sequences differ."""
+        if isinstance(budget, int) or self.pass_.same:
+            return tokens_of(budget, self.pass_.counts[0] + self.L)
+        allowed = [tokens_of(budget, n + self.L) for n in self.pass_.counts]
+        return torch.tensor(allowed).to(self.device, non_blocking=True)[:, None]
+
+    # ------------------------------------------------------------------ heads
+
+    def group(self, x: Tensor, how: str) -> Tensor:
+        """[batch, heads, ...] to [batch, kv_heads, ...]: "sum", "mean" or "max" over the query heads that share a KV head."""
+        x = x.unflatten(1, (self.G, -1))
+        return x.amax(2) if how == "max" else getattr(x, how)(2)
+
+    def per_head(self, x: Tensor) -> Tensor:
+        """[batch, kv_heads, ...] to [batch, heads, ...]."""
+        return x.repeat_interleave(self.group_size, 1)
+
+    def per_head_like(self, x: Tensor, heads: int) -> Tensor:
+        """`x` over 1 or kv_heads or heads, as one over `heads`."""
+        return x if x.shape[1] in (1, heads) else x.repeat_interleave(heads // x.shape[1], 1)
+
+    # ------------------------------------------------------------------ logits: one function for all who need them
+
+    def extra(self, heads: int | None = None) -> Tensor | None:
+        """What bias and mass add to decode logits, [batch, heads, 1, T]."""
+        total = None if self.bias is None else self.bias.dense(self.H)
+        if "mass" in self.store.specs:
+            mass = self.per_head(self.store.plane("mass")).log()[:, :, None]
+            total = mass if total is None else total + mass
+        return total
+
+    def hidden(self, selection: Selection) -> Tensor | None:
+        """Decode: which slots the query does not see, bool [batch, kv_heads or heads, 1, T]; None if it sees all."""
+        ragged_rows = self.store.uniform is None
+        if isinstance(selection, All):
+            return ~self.store.valid[:, :, None] if ragged_rows else None
+        seen = selection.mask(self, 0, self.L)
+        if ragged_rows:
+            seen = seen & self.per_head_like(self.store.valid, seen.shape[1] if seen.shape[1] > 1 else self.G)[:, :, None]
+        return ~seen
+
+    def row_keys(self, c: Rows) -> Tensor:
+        """Keys of one length class as attention reads them, [rows, bound, head_dim]: positions inside the cache applied."""
+        key = c.read("key")
+        m = min(self.store.shift_bound, c.bound)
+        if m == 0:
+            return key
+        moved = self.model.rope.rotate(key[:, :m], c.planes["shift"][:, :m], self.layer)
+        return torch.cat([moved, key[:, m:]], 1)
+
+    def scores(self, q: Tensor | None = None, start: int = 0, stop: int | None = None) -> Tensor:
+        """Exact logits over all slots, [batch, heads, queries, T]: bias and mass included, -inf where not visible.
+
+        q: other queries in the place of the step's own.  start, stop: a range of queries, for prefill.
+        """
+        stop = self.L if stop is None else stop
+        q = (self.q if q is None else q)[:, :, start:stop]
+        B, D = q.shape[0], q.shape[3]
+        packed = q.reshape(B * self.G, self.group_size * (stop - start), D)
+        rows = self.store.classes
+        if self.store.single is not None:
+            z = ragged.logits(packed, self.row_keys(rows[0]), self.logit)
+        else:
+            z = packed.new_full((B * self.G, packed.shape[1], self.T), -math.inf, dtype=ragged.wide(q.dtype))
+            for c in rows:
+                z[c.index, :, : c.bound] = ragged.logits(c.pick(packed), self.row_keys(c), self.logit)
+        z = z.view(B, self.H, stop - start, self.T)
+        z = self._add_extra(z, start, stop)
+        hidden = self.hidden(self.visible) if self.decode else ~self.visible_mask(start, stop)
+        return z if hidden is None else z.masked_fill(self.per_head_like(hidden, self.H), -math.inf)
+
+    def _add_extra(self, z: Tensor, start: int, stop: int) -> Tensor:
+        if self.bias is not None:
+            query = self.bias.query if self.bias.query.shape[2] == 1 else self.bias.query[:, :, start:stop]
+            z = z + query @ self.per_head_like(self.bias.key, self.H).mT
+        if "mass" in self.store.specs:
+            z = z + self.per_head(self.store.plane("mass")).log()[:, :, None]
+        return z
+
+    def visible_mask(self, start: int, stop: int, selection: Selection | None = None) -> Tensor:
+        """Prefill: bool [1, kv_heads or heads, stop - start, T], causality and the selection together."""
+        causal = self.token[:, :, None] <= self.q_token[:, None, start:stop, None]
+        selection = self.visible if selection is None else selection
+        if isinstance(selection, All):
+            return causal
+        seen = selection.mask(self, start, stop)
+        heads = max(causal.shape[1], seen.shape[1])
+        return self.per_head_like(causal, heads) & self.per_head_like(seen, heads)
+
+    # ------------------------------------------------------------------ choosing
+
+    def top(self, scores: Tensor, k: int, keep_sinks: int = 0, keep_recent: int = 0) -> Tensor:
+        """The k best past slots of each row, [batch, kv_heads or heads, k], -1 where a row has fewer.
+
+        scores: [batch, kv_heads or heads, T].  keep_sinks, keep_recent: the oldest and newest tokens that are always among the k.
+        """
+        token = self.per_head_like(self.token, scores.shape[1])
+        first = self.pass_.token(self.device)
+        first = first.view(-1, 1, 1) if isinstance(first, Tensor) else first
+        scores = scores.masked_fill(token >= first, -math.inf)
+        if keep_sinks or keep_recent:
+            protected = (token < keep_sinks) | ((token >= first - keep_recent) & (token < first))
+            scores = scores.masked_fill(protected & (scores > -math.inf), math.inf)
+        best, slots = scores.topk(min(k, scores.shape[2]), dim=2)
+        return slots.where(best > -math.inf, -1)
+
+    def oldest(self, after: int = 0) -> Tensor:
+        """The slot of the oldest key with a token id of at least `after`, [batch, kv_heads]."""
+        token = self.token
+        return (token if after == 0 else token.masked_fill(token < after, FAR)).argmin(-1)
+
+    def evict_one(self, slot: Tensor, allowed: int | Tensor, **keep: Any) -> Keep | None:
+        """Drop `slot` [batch, kv_heads] in the rows that hold more than `allowed` keys."""
+        held = self.store.uniform if keep.get("heads") is None else self.store.held(keep["heads"])
+        if held is not None and isinstance(allowed, int):
+            return Keep(drop=slot, **keep) if held > allowed else None
+        return Keep(drop=slot.where(self.store.len > allowed, -1), optional=True, **keep)
+
+    def keep_best(self, scores: Tensor, k: int, protected: Tensor | None = None) -> Keep:
+        """Keep the protected keys and the best of the rest, `k` keys a row in all: scores [batch, kv_heads, T]; prefill only."""
+        if protected is not None:
+            scores = scores.masked_fill(protected, math.inf)
+        scores = scores.masked_fill(~self.store.valid, -math.inf)
+        best = scores.topk(min(k, scores.shape[2]), dim=2).indices
+        return Keep(mask=torch.zeros_like(scores, dtype=torch.bool).scatter_(2, best, True) & self.store.valid)
+
+    def require(self, name: str) -> Tensor:
+        """A statistic by name."""
+        if name not in self.stats:
+            raise InputError(f"no statistic '{name}' here: name it in the method's `needs`")
+        return self.stats[name]
