@@ -218,11 +218,11 @@ def _factors(bias: Bias | None, length: int) -> tuple[Tensor, Tensor] | None:
     return None if bias is None else (bias.query.expand(-1, -1, length, -1), bias.key)
 
 
-def _tiles(step: Step, selection: Selection) -> Iterator[tuple[int, int, Tensor]]:
+def _tiles(step: Step, selection: Selection, first: int = 0) -> Iterator[tuple[int, int, Tensor]]:
     """Exact logits of query tiles over all slots, [1, heads, tile, T]: the general path, dense in time, bounded in memory."""
     step.visible = selection
     size = max(1, TILE // (step.H * step.T))
-    for start in range(0, step.L, size):
+    for start in range(first, step.L, size):
         stop = min(start + size, step.L)
         yield start, stop, step.scores(start=start, stop=stop)
 
@@ -251,22 +251,37 @@ def _weights(z: Tensor, lse: Tensor) -> Tensor:
 
 def _statistics(step: Step, needs: frozenset[str], selection: Selection, layout: Layout, lse: Tensor | None) -> None:
     """Fill step.stats with what was named, in slots of the store."""
-    want = needs & ops.stats.NAMES
     if "lse" in needs:
         step.stats["lse"] = lse
-    if not want:
-        return
+    for window, want in _windows(needs).items():
+        _measure(step, want, window, selection, layout, lse)
+
+
+def _windows(needs: frozenset[str]) -> dict[int, set[str]]:
+    """Statistics by the number of last queries they look at: "col_low:400" asks for 400, "col_low" for all (0)."""
+    out: dict[int, set[str]] = {}
+    for need in needs:
+        name, _, window = need.partition(":")
+        if name in ops.stats.NAMES:
+            out.setdefault(int(window or 0), set()).add(name)
+    return out
+
+
+def _measure(
+    step: Step, want: set[str], window: int, selection: Selection, layout: Layout, lse: Tensor | None
+) -> None:
+    first = max(0, step.L - window) if window else 0
     if isinstance(selection, All) and (layout.whole or step.bias is None):
         bias = _factors(step.bias, step.L)
         how = {"scale": step.logit.scale, "softcap": step.logit.softcap, "bias": bias, "mass": layout.mass}
-        found = ops.attention_stats(step.q, layout.key, lse, want=want, **how)
+        found = ops.attention_stats(step.q, layout.key, lse, want=want, rows=(first, step.L), **how)
         for name, x in found.items():
             step.stats[name] = _to_slots(step, x) if name.startswith("col_") and not layout.whole else x
         return
     found = {name: torch.zeros(1, step.H, step.T, device=step.device) for name in want if name.startswith("col_")}
     if want - set(found):
         raise InputError(f"{sorted(want - set(found))} cannot be measured under a selection: measure it without one")
-    for start, stop, z in _tiles(step, selection):
+    for start, stop, z in _tiles(step, selection, first):
         weights = _weights(z, lse[:, :, start:stop])
         _column_counts(found, weights, z > -math.inf)
     step.stats.update(found)
@@ -401,9 +416,10 @@ def _decode_statistics(step: Step, needs: frozenset[str], weights: Tensor, lse: 
     """From the weights of one query; everything is already at hand."""
     if not needs:
         return
+    needs = {n.partition(":")[0] for n in needs}
     row = weights[:, :, 0]
     step.stats["lse"] = lse
-    if "weights" in needs or "col_mass" in needs:
+    if "col_mass" in needs:
         step.stats["col_mass"] = row
     if "col_low" in needs:
         hidden = step.hidden(selection)

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
-from transformers.cache_utils import Cache, CacheLayerMixin, DynamicCache, DynamicLayer
+from transformers.cache_utils import Cache, CacheLayerMixin, DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
 
 from .edits import Plane
 from .errors import FovealError, InputError, UnsupportedModel
@@ -40,7 +40,8 @@ class StoreLayer(CacheLayerMixin):
         pass_ = ACTIVE.get()
         if pass_ is None:
             raise FovealError(
-                "this cache was made by foveal.attach and the model is no longer attached: attach the same method again to go on"
+                "this cache was made by foveal.attach and the model is no longer attached: "
+                "attach the same method again to go on"
             )
         pass_.pending = self
         self.is_initialized = True
@@ -110,8 +111,9 @@ class Store(Cache):
         return total
 
     def _native_bytes(self) -> int:
-        native = (layer for i, layer in enumerate(self.layers) if i not in self.managed)
-        return sum(t.nbytes for layer in native for t in _tensors(layer))
+        # a sliding window is a view: what counts is the memory behind it
+        tensors = [t for i, layer in enumerate(self.layers) if i not in self.managed for t in _tensors(layer)]
+        return sum({t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}.values())
 
     # ------------------------------------------------------------------ sequences come and go
 
@@ -122,11 +124,12 @@ class Store(Cache):
             raise InputError(f"the store holds sequences 0..{len(self.counts) - 1}, not {bad}")
         new = self._shell()
         new.counts = [self.counts[s] for s in sequences]
+        index = torch.tensor(list(sequences), dtype=torch.long)
         for old, layer in zip(self.layers, new.layers, strict=True):
             if isinstance(layer, StoreLayer):
                 layer.rows = old.rows.take(sequences)
-            elif _tensors(layer):
-                layer.batch_select_indices(torch.tensor(list(sequences)))
+            else:
+                layer.reorder_cache(index)  # any choice of sequences, not only permutations; on every kind of layer
         return new
 
     def fork(self) -> Store:
@@ -138,6 +141,11 @@ class Store(Cache):
         """One batch out of the sequences of several stores of the same model and method; the stores are used up."""
         if not stores:
             raise InputError("join needs at least one store")
+        if len({getattr(s, "owner", None) for s in stores}) > 1:
+            raise InputError(
+                "these caches were filled by different methods or models: join only those of one attached model"
+            )
+        stores = [s for s in stores if s.counts] or stores[:1]
         new = stores[0]._shell()
         new.counts = [n for s in stores for n in s.counts]
         for i, layer in enumerate(new.layers):
@@ -145,7 +153,7 @@ class Store(Cache):
             if isinstance(layer, StoreLayer):
                 layer.rows.become([p.rows for p in parts])
                 layer.columns = max(p.columns for p in parts)
-            elif len(stores) > 1 and any(_tensors(p) for p in parts):
+            elif len(stores) > 1:
                 _join_native(layer, parts)
         return new
 
@@ -187,13 +195,19 @@ class Store(Cache):
             return
         if n > min(self.counts):
             raise InputError(f"cannot remove {n} tokens: a sequence in the store has seen only {min(self.counts)}")
+        native = [layer for layer in self.layers if not isinstance(layer, StoreLayer)]
+        if not all(_can_crop(layer) for layer in native):
+            raise UnsupportedModel(
+                "this hybrid model cannot go back: sliding-window layers have let old keys go or linear layers have no "
+                "past: call activate_past_recording() on the empty cache, or fork() before reading what may be undone"
+            )
         self.counts = [c - n for c in self.counts]
         for layer in self.layers:
             if isinstance(layer, StoreLayer):
                 layer.columns -= n
                 layer.rows.forget_after(self.counts)
             else:
-                layer.crop(tokens_to_remove)
+                layer.crop(-n)
 
     def reset(self) -> None:
         self.counts = []
@@ -220,11 +234,19 @@ def _tensors(layer: object) -> list[Tensor]:
     return found
 
 
+def _can_crop(layer: CacheLayerMixin) -> bool:
+    if isinstance(layer, DynamicSlidingWindowLayer):
+        return layer.record_past or layer.get_seq_length() < layer.sliding_window
+    return bool(layer.is_croppable)
+
+
 def _join_native(layer: CacheLayerMixin, parts: Sequence[CacheLayerMixin]) -> None:
     if not isinstance(layer, DynamicLayer) or len({p.keys.shape[-2] for p in parts}) != 1:
         raise UnsupportedModel(
-            "sequences of this hybrid model can join one batch only when its sliding-window layers hold equally many keys and "
-            "it has no linear-attention layers: run these sequences one by one"
+            "sequences of this hybrid model can join one batch only when its sliding-window layers hold equally many "
+            "keys and it has no linear-attention layers: run these sequences one by one"
         )
     layer.keys = torch.cat([p.keys for p in parts])
     layer.values = torch.cat([p.values for p in parts])
+    if isinstance(layer, DynamicSlidingWindowLayer):
+        layer.cumulative_length = max(p.cumulative_length for p in parts)

@@ -5,6 +5,7 @@ import os
 import re
 from pathlib import Path
 
+import huggingface_hub
 import torch
 from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -133,6 +134,8 @@ def _load_other(model_id: str | os.PathLike, dtype: torch.dtype):
     except Exception as error:
         raise _explained(name, error, local=False) from error
     try:
+        # One question first: without network, transformers would ask for every file and retry for minutes.
+        huggingface_hub.model_info(name, timeout=10)
         return _pretrained(name, dtype, local_files_only=False)
     except Exception as error:
         raise _explained(name, error, local=False) from error

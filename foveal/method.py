@@ -42,10 +42,17 @@ class Method:
     paper: ClassVar[str] = ""
     claim: ClassVar[str] = ""
     planes: ClassVar[Mapping[str, Plane]] = {}
+    """Per-key state it wants the store to carry. (A property, like `needs`, where it depends on the fields.)"""
     needs: ClassVar[frozenset[str]] = frozenset()
-    """Statistics to compute, as `step.stats[name]`: see STATISTICS. "whole_prompt" refuses a prompt in chunks."""
+    """Statistics to compute, as `step.stats[name]`: see STATISTICS; "col_low:400" looks at the last 400 queries of a prompt only.
+    "whole_prompt" refuses a prompt in chunks."""
     dense_prefill: ClassVar[bool] = False
     """True: while the prompt is read, outputs are those of the dense model, so one dense prefill can serve many methods."""
+
+    neutral: ClassVar[Mapping[str, Any]] = {"budget": 1.0}
+    """Parameters under which it changes nothing: what the generated checks compare with the dense model."""
+    example: ClassVar[Mapping[str, Any]] = {"budget": 0.5}
+    """Parameters under which it does something on any model: what the generated checks run."""
 
     def setup(self, model: ModelInfo) -> Any:
         """Once for each attached model: check that its needs are met, return what the hooks want to find in `step.plan`."""
@@ -184,9 +191,9 @@ def method(name: str, *, paper: str, claim: str) -> Callable[[type[Method]], typ
 
 def methods() -> dict[str, type[Method]]:
     """All registered methods by name."""
-    from . import methods as package  # defines and so registers them
+    from .methods import load_all  # defines and so registers them
 
-    package.load_all()
+    load_all()
     return dict(sorted(_REGISTRY.items()))
 
 

@@ -133,12 +133,23 @@ class Step:
         first = self.pass_.token(self.device)
         return first + self.L
 
-    def budget(self, budget: Budget) -> int | Tensor:
-        """How many keys a budget allows now: a number, or [batch, 1] when sequences differ."""
-        if isinstance(budget, int) or self.pass_.same:
-            return tokens_of(budget, self.pass_.counts[0] + self.L)
-        allowed = [tokens_of(budget, n + self.L) for n in self.pass_.counts]
-        return torch.tensor(allowed).to(self.device, non_blocking=True)[:, None]
+    def budget(self, budget: Budget, ahead: int = 0) -> int | Tensor:
+        """How many keys a budget allows now, or `ahead` tokens later: a number, or [batch, 1] when sequences differ."""
+        allowed = self._budgets(budget, ahead)
+        return allowed[0] if len(set(allowed)) == 1 else torch.tensor(allowed).to(self.device, non_blocking=True)[:, None]
+
+    def most(self, budget: Budget) -> int:
+        """The largest number of keys a budget allows any sequence of the batch: what fixes shapes."""
+        return max(self._budgets(budget, 0))
+
+    def _budgets(self, budget: Budget, ahead: int) -> list[int]:
+        return [tokens_of(budget, n + self.L + ahead) for n in self.pass_.counts]
+
+    def ranked(self, slots: Tensor, allowed: int | Tensor) -> Tensor:
+        """Of slots [batch, kv_heads, k] in order of rank, the first `allowed` of each sequence; -1 for the rest."""
+        if isinstance(allowed, int):
+            return slots[..., :allowed]
+        return slots.where(torch.arange(slots.shape[2], device=slots.device) < allowed[..., None], -1)
 
     # ------------------------------------------------------------------ heads
 

@@ -1,14 +1,14 @@
 """The ragged store: keys and values per sequence and per KV head, each row with its own length.
 
-Rows of one layer are grouped in length classes (half-octaves); a class is one padded block of memory. Uniform methods have
-a single class, which is then the plain [rows, capacity, head_dim] layout; a method that keeps 200 keys in one head and 8,000 in
-its neighbour allocates just that. What is per key and not a key or a value (token ids, scores, masses) is a *plane* of the
-same block, so bytes follow what is kept. Slots are logical: 0 .. length - 1 of a row, valid until the next `apply`.
+Rows of one layer are grouped in length classes (half-octaves, see rows.py); a class is one padded block of memory.
+Uniform methods have a single class, which is the plain [rows, capacity, head_dim] layout; a method that keeps 200 keys
+in one head and 8,000 in its neighbour allocates just that. What is per key and not a key or a value (token ids, scores,
+masses) is a *plane* of the same block, so bytes follow what is kept. Slots are logical, 0 .. length - 1 of a row, and
+valid until the next `apply`.
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable, Mapping, Sequence
 
 import torch
@@ -16,61 +16,9 @@ from torch import Tensor
 
 from .edits import Keep, Plane
 from .errors import InputError
+from .rows import FAR, FIXED, Piece, Rows, pack, round_up
 
-FAR = 2**31 - 1  # token id of an empty slot: later than every query
-FIXED = {"key", "value"}  # planes that hold the cache itself
-
-
-def round_up(n: int, multiple: int) -> int:
-    return -(-n // multiple) * multiple
-
-
-class Rows:
-    """One length class: `planes[name]` is [rows, capacity, ...]; `index` are the flat row numbers (None: every row, in order).
-
-    `bound` is a length no row exceeds, known without asking the device. `length` [rows] is None while every row has exactly
-    `bound` keys; otherwise it holds the true lengths.
-    """
-
-    __slots__ = ("arange", "bound", "heads", "index", "length", "pages", "planes")
-
-    def __init__(
-        self, planes: dict[str, Tensor], bound: int, length: Tensor | None, index: Tensor | None, heads: frozenset[int]
-    ):
-        self.planes, self.bound, self.length, self.index, self.heads = planes, bound, length, index, heads
-        self.arange = torch.arange(planes["key"].shape[0], device=planes["key"].device)
-        self.pages: dict = {}  # pooled planes, see LayerStore.pooled
-
-    @property
-    def capacity(self) -> int:
-        return self.planes["key"].shape[1]
-
-    def read(self, name: str) -> Tensor:
-        return self.planes[name][:, : self.bound]
-
-    def pick(self, x: Tensor) -> Tensor:
-        """The rows of this class out of a tensor over all rows."""
-        return x if self.index is None else x[self.index]
-
-    def reserve(self, extra: int, fills: Mapping[str, float]) -> None:
-        """Make room for `extra` more keys a row. Grows by a sixteenth, and by 64 keys at least."""
-        if self.bound + extra <= self.capacity:
-            return
-        if self.length is not None:  # the bound may have drifted above the true lengths: look once before growing
-            self.bound = int(self.length.max())
-            if self.bound + extra <= self.capacity:
-                return
-        grown = round_up(max(self.bound + extra, self.capacity + max(64, self.capacity // 16)), 16)
-        if self.bound == 0:
-            grown = round_up(extra, 16)
-        for name, plane in self.planes.items():
-            new = plane.new_full((plane.shape[0], grown, *plane.shape[2:]), fills[name])
-            new[:, : self.bound] = plane[:, : self.bound]
-            self.planes[name] = new
-
-    def lengths(self) -> list[int]:
-        n = self.planes["key"].shape[0]
-        return [self.bound] * n if self.length is None else self.length.tolist()
+__all__ = ["FAR", "FIXED", "LayerStore", "Rows", "round_up"]
 
 
 class LayerStore:
@@ -134,11 +82,7 @@ class LayerStore:
     @property
     def nbytes(self) -> int:
         """Bytes of all allocated tensors: keys, values, token ids, planes, row lengths and pooled pages."""
-        total = 0
-        for c in self.classes:
-            total += sum(p.nbytes for p in c.planes.values()) + sum(p.nbytes for p, _ in c.pages.values())
-            total += sum(t.nbytes for t in (c.length, c.index, c.arange) if t is not None)
-        return total
+        return sum(c.nbytes for c in self.classes)
 
     # ------------------------------------------------------------------ planes as rectangles
 
@@ -146,6 +90,7 @@ class LayerStore:
         """A plane as [batch, kv_heads, T, ...]; slots beyond a row's length hold the fill value."""
         if name not in self.fills:
             raise InputError(f"no plane '{name}' here; a method gets the planes it declares: {sorted(self.specs)}")
+        self._check_filled()
         T, c = self.T, self.single
         if c is not None:
             return c.read(name).unflatten(0, (self.batch, self.heads))
@@ -154,6 +99,10 @@ class LayerStore:
         for c in self.classes:
             out[c.index, : c.bound] = c.read(name)
         return out.unflatten(0, (self.batch, self.heads))
+
+    def _check_filled(self) -> None:
+        if self.empty:
+            raise InputError("the store is empty: append keys before reading or changing it")
 
     @property
     def token(self) -> Tensor:
@@ -180,19 +129,19 @@ class LayerStore:
         for c in self.classes:
             target, new = c.read(name), c.pick(flat)[:, : c.bound]
             if c.length is not None:
-                empty = c.read("token") == FAR
-                new = new.masked_fill(empty.view(*empty.shape, *[1] * (new.ndim - 2)), 0.0 if add else self.fills[name])
+                empty = ~c.used()
+                new = new.masked_fill(empty.view(*empty.shape, *[1] * (new.ndim - 2)), 0 if add else self.fills[name])
             if add:
                 target += new
             else:
                 target.copy_(new)
 
     def keys(self) -> Tensor:
-        """Keys as [batch, kv_heads, T, head_dim], zero where empty. A copy when rows are ragged: not for decode steps."""
+        """Keys as [batch, kv_heads, T, head_dim], zero where empty. A copy when rows are ragged: not for decode."""
         return self._zeroed("key")
 
     def values(self) -> Tensor:
-        """Values as [batch, kv_heads, T, head_dim], zero where empty. A copy when rows are ragged: not for decode steps."""
+        """Values as [batch, kv_heads, T, head_dim], zero where empty. A copy when rows are ragged: not for decode."""
         return self._zeroed("value")
 
     def _zeroed(self, name: str) -> Tensor:
@@ -202,88 +151,49 @@ class LayerStore:
     def find(self, ids: Tensor) -> Tensor:
         """Slots of token ids [batch, kv_heads or 1, m] in each row, -1 where a row no longer holds the token."""
         hit = self.token[:, :, None] == ids.to(torch.int32)[..., None]  # [B, G, m, T]
+        hit = torch.nn.functional.pad(hit, (0, 1), value=True)  # so that a row without the token has a first hit too
         slot = hit.int().argmax(-1)
-        return slot.where(hit.any(-1), -1)
+        return slot.where(slot < self.T, -1)
 
     def pooled(self, what: str, size: int) -> Tensor:
         """Pages of `size` consecutive slots pooled: [batch, kv_heads, pages, head_dim].
 
-        what: "kmin", "kmax", "kmean" over keys, or "vmean" over values; the last page may be partial. Kept up to date at the cost
-        of one page a step while rows only grow, computed anew after an eviction.
+        what: "kmin", "kmax", "kmean" over keys, or "vmean" over values. The last page may be partial; a page without
+        keys is zero. Kept up to date at the cost of one page a step while rows grow together, else computed anew.
         """
-        if self.single is None:
-            return self._pool(self.plane("key" if what[0] == "k" else "value"), what, size, self.valid)
-        c = self.single
-        source = c.read("key" if what[0] == "k" else "value")
-        count = -(-c.bound // size)
-        old, done = c.pages.get((what, size), (None, 0))
-        if old is None or old.shape[1] < count:
-            new = source.new_zeros(source.shape[0], round_up(count, 64), source.shape[2])
-            if old is not None:
-                new[:, :done] = old[:, :done]
-            old = new
-        valid = None if c.length is None else c.read("token") != FAR
-        first = done if valid is None else 0
-        tail = source[:, first * size :].unsqueeze(0)
-        old[:, first:count] = self._pool(tail, what, size, None if valid is None else valid.unsqueeze(0))[0]
-        c.pages[what, size] = (old, c.bound // size if valid is None else 0)
-        return old[:, :count].unflatten(0, (self.batch, self.heads))
-
-    @staticmethod
-    def _pool(x: Tensor, what: str, size: int, valid: Tensor | None) -> Tensor:
-        """x [B, G, T, D] -> [B, G, ceil(T / size), D]."""
-        kind = what[1:]
-        if kind not in ("min", "max", "mean"):
+        if what not in ("kmin", "kmax", "kmean", "vmean"):
             raise InputError(f"pooled pages are 'kmin', 'kmax', 'kmean' or 'vmean', not '{what}'")
-        n = x.shape[2]
-        if valid is None and n <= size:  # the usual decode step: only the newest page changed
-            return getattr(x, "a" + kind)(2, keepdim=True) if kind != "mean" else x.mean(2, keepdim=True)
-        valid = torch.ones(x.shape[:3], dtype=torch.bool, device=x.device) if valid is None else valid
-        pad = round_up(n, size) - n
-        fill = {"min": math.inf, "max": -math.inf, "mean": 0.0}[kind]
-        x = torch.nn.functional.pad(x.masked_fill(~valid[..., None], fill), (0, 0, 0, pad), value=fill)
-        x = x.unflatten(2, (-1, size))
-        if kind != "mean":
-            return getattr(x, "a" + kind)(3)
-        count = torch.nn.functional.pad(valid, (0, pad)).unflatten(2, (-1, size)).sum(-1)
-        return x.sum(3) / count.clamp(min=1)[..., None].to(x.dtype)
+        c = self.single
+        if c is not None:
+            return c.pooled(what, size).unflatten(0, (self.batch, self.heads))
+        self._check_filled()
+        like = self.classes[0].planes["key" if what[0] == "k" else "value"]
+        out = like.new_zeros(self.batch * self.heads, -(-self.T // size), like.shape[2])
+        for c in self.classes:
+            pages = c.pooled(what, size)
+            out[c.index, : pages.shape[1]] = pages
+        return out.unflatten(0, (self.batch, self.heads))
 
     # ------------------------------------------------------------------ growing and letting go
 
     def append(self, key: Tensor, value: Tensor, token: int | Tensor) -> None:
-        """Append key, value [batch, kv_heads, length, head_dim]. token: id of the first one, or [batch] ids when length is 1."""
+        """Append key, value [batch, kv_heads, length, head_dim]. token: id of the first new one, or [batch] ids."""
         B, G, L = key.shape[:3]
         if self.empty:
             self.batch, self.heads = B, G
             self.classes = [self._allocate(key, value)]
-        if (B, G) != (self.batch, self.heads):
+        if (self.batch, self.heads) != (B, G):
             raise InputError(
-                f"the store holds {self.batch} sequences x {self.heads} KV heads but got keys for {B} x {G}: use one store for each batch"
+                f"the store holds {self.batch} sequences x {self.heads} KV heads but got keys for {B} x {G}: "
+                "use one store for each batch"
             )
         # keys and values are data here: gradients flow through the attention call, never through the store
         key, value = key.detach().flatten(0, 1), value.detach().flatten(0, 1)
+        ids = token.to(key.device, torch.int32).repeat_interleave(G)[:, None] if isinstance(token, Tensor) else token
+        if L > 1:
+            ids = ids + torch.arange(L, dtype=torch.int32, device=key.device)
         for c in self.classes:
-            c.reserve(L, self.fills)
-            k, v = c.pick(key), c.pick(value)
-            if isinstance(token, Tensor):
-                ids = c.pick(token.to(torch.int32).repeat_interleave(G)).unsqueeze(1)
-            else:
-                ids = token if L == 1 else torch.arange(token, token + L, dtype=torch.int32, device=key.device)
-            n = c.bound
-            if c.length is None:
-                c.planes["key"][:, n : n + L] = k
-                c.planes["value"][:, n : n + L] = v
-                c.planes["token"][:, n : n + L] = ids
-                for name in self.specs:
-                    c.planes[name][:, n : n + L] = self.fills[name]
-            else:
-                at = (c.arange[:, None], c.length[:, None] + torch.arange(L, device=key.device))
-                c.planes["key"][at], c.planes["value"][at] = k, v
-                c.planes["token"][at] = ids if isinstance(ids, Tensor) else torch.tensor(ids, dtype=torch.int32)
-                for name in self.specs:
-                    c.planes[name][at] = self.fills[name]
-                c.length = c.length + L
-            c.bound = n + L
+            c.append(c.pick(key), c.pick(value), c.pick(ids) if isinstance(token, Tensor) else ids)
 
     def _allocate(self, key: Tensor, value: Tensor) -> Rows:
         rows = key.shape[0] * key.shape[1]
@@ -291,10 +201,11 @@ class LayerStore:
         planes["token"] = torch.empty(rows, 0, dtype=torch.int32, device=key.device)
         for name, spec in self.specs.items():
             planes[name] = torch.empty(rows, 0, *spec.width, dtype=spec.dtype, device=key.device)
-        return Rows(planes, 0, None, None, frozenset(range(key.shape[1])))
+        return Rows(planes, self.fills, 0, None, None, frozenset(range(key.shape[1])))
 
     def apply(self, keep: Keep) -> None:
         """Let go of what `keep` does not keep."""
+        self._check_filled()
         if keep.into is not None:
             self._absorb(keep)
         if keep.renumber:
@@ -302,122 +213,50 @@ class LayerStore:
         if keep.mask is not None:
             self._compact(keep.mask)
         else:
-            self._drop(keep)
+            drop = keep.drop.flatten()
+            for c in self._of(keep.heads):
+                c.drop(c.pick(drop), keep.optional)
 
-    def _drop(self, keep: Keep) -> None:
-        """Swap-remove: the last key of a row moves into the slot that becomes free."""
-        drop = keep.drop.flatten()
+    def _of(self, heads: Iterable[int] | None) -> list[Rows]:
+        """The classes of these KV heads (None: all). A class shared with other heads is split: its rows part ways."""
+        if heads is None:
+            return self.classes
+        heads, total, classes = set(heads), self.batch * self.heads, []
         for c in self.classes:
-            inside = c.heads if keep.heads is None else c.heads & set(keep.heads)
-            if not inside:
-                continue
-            slot = c.pick(drop)
-            c.pages.clear()
-            if c.length is None and inside == c.heads and not keep.optional:
-                last = c.bound - 1
-                for name, plane in c.planes.items():
-                    plane[c.arange, slot] = plane[:, last]
-                    if name not in FIXED:
-                        plane[:, last] = self.fills[name]
-                c.bound = last
-                continue
-            length = torch.full_like(c.arange, c.bound) if c.length is None else c.length
-            if inside != c.heads:
-                member = torch.tensor([int(h in inside) for h in range(self.heads)], dtype=torch.bool, device=drop.device)
-                slot = slot.where(member[(c.arange if c.index is None else c.index) % self.heads], -1)
-            gone = slot >= 0
-            last = length - 1
-            slot = slot.where(gone, last)  # writing the last key onto itself changes nothing
-            for name, plane in c.planes.items():
-                moved = plane[c.arange, last]
-                plane[c.arange, slot] = moved
-                if name not in FIXED:
-                    keepers = gone.view(-1, *[1] * (moved.ndim - 1))
-                    plane[c.arange, last] = torch.where(keepers, torch.full_like(moved, self.fills[name]), moved)
-            c.length = length - gone.long()
+            mixed = c.heads & heads and c.heads - heads
+            classes += c.split(heads, total, self.heads) if mixed else [c]
+        self.classes = classes
+        return [c for c in classes if c.heads <= heads]
 
     def _compact(self, mask: Tensor) -> None:
         mask = (mask & self.valid).flatten(0, 1)
         counts = mask.sum(-1).tolist()
-        order = None
-        pieces = []
+        order, pieces = None, []
         for c in self.classes:
-            index = range(len(counts)) if c.index is None else c.index.tolist()
-            lens = [counts[r] for r in index]
-            if lens == c.lengths():
-                pieces.append((c, list(index), lens, None))
+            numbers = c.numbers()
+            lengths = [counts[n] for n in numbers]
+            if lengths == c.lengths():
+                pieces.append(Piece(c, numbers, lengths))
                 continue
             order = (~mask).byte().argsort(dim=-1, stable=True) if order is None else order
-            pieces.append((c, list(index), lens, c.pick(order)))
+            pieces.append(Piece(c, numbers, lengths, c.pick(order)))
         if order is not None:
-            self.classes = self._pack(pieces)
-
-    def _pack(self, pieces: Sequence[tuple[Rows, list[int], list[int], Tensor | None]]) -> list[Rows]:
-        """New classes from pieces (block, flat row numbers, kept lengths, order of the kept slots or None)."""
-        plans: dict[int, list[tuple[int, int, int, int]]] = {}
-        for p, (_, index, lens, _) in enumerate(pieces):
-            for position, (row, n) in enumerate(zip(index, lens, strict=True)):
-                plans.setdefault(round(2 * math.log2(max(n, 1))), []).append((row, p, position, n))
-        total = sum(len(x) for x in plans.values())
-        device, out = pieces[0][0].planes["key"].device, []
-        for members in plans.values():
-            members.sort()
-            rows, lens = [m[0] for m in members], [m[3] for m in members]
-            bound = max(lens)
-            planes = {
-                name: like.new_full((len(rows), round_up(bound, 16), *like.shape[2:]), self.fills[name])
-                for name, like in pieces[0][0].planes.items()
-            }
-            for p, (block, _, _, order) in enumerate(pieces):
-                here = [(i, m[2]) for i, m in enumerate(members) if m[1] == p]
-                if here:
-                    self._copy_rows(planes, block, order, here, bound)
-            length = None if min(lens) == bound else torch.tensor(lens, device=device)
-            if length is not None:
-                empty = torch.arange(planes["key"].shape[1], device=device) >= length[:, None]
-                for name, plane in planes.items():
-                    if name not in FIXED:
-                        plane[empty] = self.fills[name]
-            index = None if len(rows) == total else torch.tensor(rows, device=device)
-            out.append(Rows(planes, bound, length, index, frozenset(r % self.heads for r in rows)))
-        return out
-
-    @staticmethod
-    def _copy_rows(planes: dict, block: Rows, order: Tensor | None, here: list[tuple[int, int]], bound: int) -> None:
-        target, source = (torch.tensor(x, device=block.arange.device) for x in zip(*here, strict=True))
-        n = min(bound, block.bound)
-        if order is not None:  # entries past a row's kept keys are filler: keep them inside the block
-            order = order[source, :n].clamp(max=block.bound - 1)
-        for name, plane in planes.items():
-            old = block.planes[name]
-            plane[target, :n] = old[source, :n] if order is None else old[source[:, None], order]
+            self.classes = pack(pieces, self.heads)
 
     def _absorb(self, keep: Keep) -> None:
         """Fold what leaves into the slot `into` of the same row, as a mean weighted by mass."""
         if "mass" not in self.specs:
-            raise InputError("Keep(into=...) needs the plane 'mass': declare planes = {'mass': Plane(1.0)} in the method")
-        into = keep.into[..., None]  # [B, G, 1]
-        mass, valid = self.plane("mass"), self.valid
-        if keep.mask is not None:
-            leaving = (~keep.mask & valid).to(mass.dtype) * mass
-        else:
-            slots = torch.arange(self.T, device=into.device)
-            leaving = (slots == keep.drop[..., None]).to(mass.dtype) * mass
-            if keep.heads is not None:
-                member = torch.tensor([h in keep.heads for h in range(self.heads)], device=into.device)
-                leaving = leaving * member[:, None]
-        own = mass.gather(2, into)
-        total = own + leaving.sum(-1, keepdim=True)
-        share = leaving.scatter_add(2, into, own) / total  # [B, G, T], sums to one in each row
-        for name in FIXED:
-            self._scatter_slot(name, into[..., 0], (share.unsqueeze(2).to(self.dtype) @ self.plane(name)).squeeze(2))
-        self._scatter_slot("mass", into[..., 0], total[..., 0])
-
-    def _scatter_slot(self, name: str, slot: Tensor, x: Tensor) -> None:
-        """Write one slot of each row: slot [B, G], x [B, G, ...]."""
-        slot, x = slot.flatten(), x.flatten(0, 1)
-        for c in self.classes:
-            c.planes[name][c.arange, c.pick(slot)] = c.pick(x).to(c.planes[name].dtype)
+            raise InputError(
+                "Keep(into=...) needs the plane 'mass': declare planes = {'mass': Plane(1.0)} in the method"
+            )
+        into = keep.into.flatten().clamp(min=0)  # rows that lose nothing may say -1
+        gone = ~keep.mask.flatten(0, 1) if keep.mask is not None else keep.drop.flatten()[:, None]
+        for c in self._of(keep.heads):
+            at, mine = c.pick(into), c.pick(gone)
+            if keep.mask is None:
+                c.fold(at, mine >= 0, mine.clamp(min=0))
+            elif c.bound > 0:
+                c.fold(at, (mine[:, : c.bound] & c.used()).scatter(1, at[:, None], False), None)
 
     def _renumber(self, keep: Keep) -> None:
         """Positions inside the cache: a key moves forward by the number of keys that leave after it."""
@@ -439,21 +278,14 @@ class LayerStore:
 
     def take(self, sequences: Sequence[int]) -> LayerStore:
         """A new store with copies of these sequences, in this order (a sequence may occur more than once)."""
-        new = self._like()
-        new.batch, G = len(sequences), self.heads
-        rows = [s * G + h for s in sequences for h in range(G)]
-        pieces = []
+        new, G = self._like(), self.heads
+        new.batch = len(sequences)
+        wanted = [s * G + h for s in sequences for h in range(G)]
         for c in self.classes:
-            where = {r: i for i, r in enumerate(range(self.batch * G) if c.index is None else c.index.tolist())}
-            picks = [(i, where[r]) for i, r in enumerate(rows) if r in where]
-            if not picks:
-                continue
-            position = torch.tensor([p for _, p in picks], device=c.arange.device)
-            planes = {name: plane[position] for name, plane in c.planes.items()}
-            length = None if c.length is None else c.length[position]
-            index = None if len(picks) == len(rows) else torch.tensor([i for i, _ in picks], device=position.device)
-            pieces.append(Rows(planes, c.bound, length, index, frozenset(rows[i] % G for i, _ in picks)))
-        new.classes = pieces
+            where = {n: p for p, n in enumerate(c.numbers())}
+            numbers = [i for i, n in enumerate(wanted) if n in where]
+            if numbers:
+                new.classes.append(c.take([where[wanted[i]] for i in numbers], numbers, len(wanted), G))
         return new
 
     def _like(self) -> LayerStore:
@@ -466,18 +298,15 @@ class LayerStore:
         parts = [p for p in parts if not p.empty]
         if not parts:
             return
-        if any(set(p.specs) != set(parts[0].specs) for p in parts):
-            raise InputError("stores of different methods cannot join one batch: their planes differ")
+        if any(p.specs != self.specs or p.heads != parts[0].heads for p in parts):
+            raise InputError("stores of different methods or models cannot join one batch: planes or KV heads differ")
         self.heads, self.batch = parts[0].heads, sum(p.batch for p in parts)
         self.shift_bound = max(p.shift_bound for p in parts)
         pieces, offset = [], 0
         for p in parts:
-            for c in p.classes:
-                index = range(p.batch * p.heads) if c.index is None else c.index.tolist()
-                pieces.append((c, [offset + r for r in index], c.lengths(), None))
+            pieces += [Piece(c, [offset + n for n in c.numbers()], c.lengths()) for c in p.classes]
             offset += p.batch * p.heads
-        one = len(pieces) == 1
-        self.classes = [pieces[0][0]] if one else self._pack(pieces)
+        self.classes = parts[0].classes if len(parts) == 1 else pack(pieces, self.heads)
 
     def forget_after(self, counts: Sequence[int]) -> None:
         """Remove every key whose token id is not below its sequence's count."""

@@ -28,9 +28,9 @@ def attend_blocks(
 ) -> tuple[Tensor, Tensor | None]:
     """Causal attention over chosen key blocks; cost is proportional to their number.
 
-    `block_map` is bool `[batch, heads, ceil(length / size), ceil(total / size)]`: whether the queries a*size..(a+1)*size see
-    the keys b*size..(b+1)*size, as far as causality lets them. Last blocks may be partial. Shapes and other keywords: see
-    `foveal.ops.dense`. Raises `InputError` for a map of another shape or dtype.
+    `block_map` is bool `[batch, heads, ceil(length / size), ceil(total / size)]`: whether the queries
+    a*size..(a+1)*size see the keys b*size..(b+1)*size, as far as causality lets them. Last blocks may be partial.
+    Shapes and other keywords: see `foveal.ops.dense`. Raises `InputError` for a map of another shape or dtype.
     """
     check(q, k, v, sinks=sinks, bias=bias, mass=mass)
     batch, heads, length, _ = q.shape

@@ -1,8 +1,8 @@
 """Dense causal attention with its log-sum-exp, and the pieces the other prefill operations are made of.
 
-Every prefill operation is called as `op(q, k, v, ..., **weigh)` with queries `[batch, heads, length, head_dim]`, keys
-`[batch, kv_heads, total, head_dim]` and values `[batch, kv_heads, total, value_dim]`, the queries being the last `length` of
-`total` positions. All of them share these keywords:
+Every prefill operation takes queries `[batch, heads, length, head_dim]`, keys `[batch, kv_heads, total, head_dim]` and
+values `[batch, kv_heads, total, value_dim]`; the queries are the last `length` of `total` positions, and `heads` is any
+multiple of `kv_heads`. All of them share these keywords:
 
 - `scale`: factor on the dot product.
 - `softcap`: c turns the scaled logit x into c * tanh(x / c) (Gemma 2), before anything else is added.
@@ -11,13 +11,15 @@ Every prefill operation is called as `op(q, k, v, ..., **weigh)` with queries `[
 - `sinks`: `[heads]` learned sink logits (gpt-oss): they join the softmax denominator and carry no value.
 - `need_lse`: also return the log-sum-exp.
 
-They return `(out [batch, heads, length, value_dim], lse [batch, heads, length] or None)`. `lse` is in float32 (float64 for
-float64 inputs) and is that of *all* logits, bias, mass and sinks included, so `exp(logit - lse)` is the probability a key
-got. A row that sees nothing returns 0; its lse is -inf, or the sink logit if there is one. Inputs may be strided views and
-are never written to. Where gradients are wanted, every operation is differentiable in its output.
+They return `(out [batch, heads, length, value_dim], lse [batch, heads, length] or None)`. `lse` is in float32 (float64
+for float64 inputs) and is that of *all* logits, bias, mass and sinks included, so `exp(logit - lse)` is the probability
+a key got. A row that sees nothing returns 0; its lse is -inf, or the sink logit if there is one. Inputs may be strided
+views and are never written to. Where gradients are wanted, every operation is differentiable; plain dense attention
+without lse then keeps PyTorch's fused backward, everything else holds the probabilities it computed.
 """
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -70,7 +72,8 @@ def attend(
     """
     check(q, k, v, sinks=sinks, bias=bias, mass=mass)
     plain = softcap is None and sinks is None and bias is None and mass is None
-    if plain and not need_lse and _wants_grad(q, k, v):
+    whole = q.shape[2] in (1, k.shape[2])
+    if plain and not need_lse and (_wants_grad(q, k, v) or (whole and not q.is_cpu)):
         return _fused_plain(q, k, v, scale), None
     p = prepare(q, k, v, scale=scale, softcap=softcap, bias=bias, mass=mass, differentiable=(q, k, v, sinks))
     out, lse = causal(p)
@@ -137,7 +140,8 @@ def prepare(
     exact = softcap is not None or _wants_grad(*differentiable, *(bias or ()), mass)
     extra = [] if bias is None else [bias]
     if mass is not None:
-        log_mass = mass.to(wide(q.dtype)).log().clamp(min=HIDDEN)[..., None]
+        # Not log(0) with a clamp: its gradient is NaN.
+        log_mass = torch.where(mass > 0, mass.to(wide(q.dtype)).clamp(min=1e-37).log(), HIDDEN)[..., None]
         extra.append((log_mass.new_ones(1).expand(*q.shape[:3], 1), log_mass))
     if extra:
         # bfloat16 would round log(mass) and the bias to two digits.
@@ -177,7 +181,7 @@ def finish(
 def causal(p: Prepared) -> tuple[Tensor, Tensor]:
     """Causal attention and lse of a prepared problem: the past without a mask, then the square causal chunk."""
     length, total = p.q.shape[2], p.k.shape[2]
-    if p.exact or length == 0 or total == 0:
+    if p.exact or length == 0:
         return exact(p, causal=True)
     past = total - length
     if past == 0 or length == 1:
@@ -191,10 +195,10 @@ def causal(p: Prepared) -> tuple[Tensor, Tensor]:
 def fused(p: Prepared, *, causal: bool, mask: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """Attention and lse by PyTorch's fused kernel where it fits, else exactly; keys and queries are aligned left.
 
-    `mask` is added to the logits: float32 `[length, total]`, `HIDDEN` where a query does not see a key.
+    `mask` is added to the logits: `[length, total]`, 0, or `HIDDEN` where a query does not see a key.
     """
     heads, group = p.k.shape[1], p.q.shape[1] // p.k.shape[1]
-    if p.exact or 0 in p.q.shape or 0 in p.k.shape:
+    if p.exact:
         return exact(p, causal=causal, mask=mask)
     if p.q.device.type != "cpu":
         return _fused_elsewhere(p, causal, mask)
@@ -238,53 +242,63 @@ def _fused_elsewhere(p: Prepared, causal: bool, mask: Tensor | None) -> tuple[Te
 def exact(p: Prepared, *, causal: bool, mask=None) -> tuple[Tensor, Tensor]:
     """Attention and lse by query tiles with float32 accumulation, differentiable in both.
 
-    `causal` is lower-right aligned and skips the keys after a tile. `mask` is a float `[length, total]` to add, or a
-    function `(start, stop) -> bool [batch or 1, heads or kv_heads or 1, stop - start, total]` called for one tile at a time.
+    `causal` is lower-right aligned and skips the keys after a tile. `mask` is as for `fused`, or a function
+    `(start, stop) -> bool [batch or 1, heads or kv_heads or 1, stop - start, total]`, called once for each tile.
     """
     batch, heads, length, _ = p.q.shape
-    total = p.k.shape[2]
-    dtype = wide(p.q.dtype)
+    kv_heads, total = p.k.shape[1:3]
+    group, dtype = heads // kv_heads, wide(p.q.dtype)
     k, v = p.k.to(dtype), p.v.to(dtype)
-    rows = max(1, min(length, max(16, _TILE_NUMBERS // max(1, batch * heads * total))))
+    kv_step = 1 if p.q.is_cpu else kv_heads
+    rows = max(16, _TILE_NUMBERS // max(1, batch * group * total)) if p.q.is_cpu else 256
     outs, lses = [], []
     for start in range(0, length, rows):
         stop = min(start + rows, length)
         seen = total - length + stop if causal else total
-        x = _tile_logits(p, p.q[:, :, start:stop].to(dtype), k[:, :, :seen])
-        x = _hide(x, mask, start, stop, total - length if causal else None)
-        top = x.detach().amax(-1, keepdim=True) if seen else x.new_zeros(*x.shape[:-1], 1)
-        weights = (x - top).exp()
-        norm = weights.sum(-1, keepdim=True)
-        outs.append(_grouped(weights, v[:, :, :seen]) / norm)
-        lses.append((top + norm.log())[..., 0])
+        hide = _hider(mask, start, stop, seen, total - length if causal else None, heads, p.q.device)
+        parts = []
+        for kv in range(0, kv_heads, kv_step):
+            some, kvs = slice(kv * group, (kv + kv_step) * group), slice(kv, kv + kv_step)
+            x = _tile_logits(p, p.q[:, some, start:stop].to(dtype), k[:, kvs, :seen])
+            hide(x, some)
+            # The largest weight is exp(top - lse): one cheap pass gives the lse where logsumexp needs three.
+            weights = torch.softmax(x, -1)
+            parts.append((_grouped(weights, v[:, kvs, :seen]), x.amax(-1) - weights.amax(-1).log()))
+        outs.append(torch.cat([o for o, _ in parts], 1))
+        lses.append(torch.cat([lse for _, lse in parts], 1))
     if not outs:
         return p.q.new_zeros(batch, heads, 0, v.shape[-1]), p.q.new_zeros(batch, heads, 0, dtype=dtype)
     return torch.cat(outs, 2), torch.cat(lses, 2)
 
 
-def _hide(x: Tensor, mask, start: int, stop: int, past: int | None) -> Tensor:
-    """Apply the mask of one tile and, with `past` keys before query 0, the causal mask of its diagonal block."""
+def _hider(mask, start: int, stop: int, seen: int, past: int | None, heads: int, device) -> Callable:
+    """A function (logits of some heads, those heads) that hides, in place, what one tile of queries does not see."""
+    hidden = None
     if callable(mask):
-        see = mask(start, stop)[..., : x.shape[-1]].to(x.device)
-        x = torch.where(spread(see, x.shape[1]) if see.shape[1] > 1 else see, x, HIDDEN)
+        hidden = ~mask(start, stop)[..., :seen].to(device)
+        hidden = hidden if hidden.shape[1] == 1 else spread(hidden, heads)
     elif mask is not None:
-        x = x + mask[start:stop, : x.shape[-1]].to(x.dtype)
-    if past is not None and stop - start > 1:
-        first = past + start  # every query of the tile sees the keys up to here
-        later = torch.ones(stop - start, x.shape[-1] - first, dtype=torch.bool, device=x.device).triu(1)
-        x = torch.cat([x[..., :first], x[..., first:].masked_fill(later, HIDDEN)], -1)
-    return x
+        hidden = (mask[start:stop, :seen] < HIDDEN / 2)[None, None]
+    later = None
+    if past is not None:  # every query of the tile sees the keys before `first`
+        first = past + start
+        later = torch.ones(stop - start, seen - first, dtype=torch.bool, device=device).triu(1)
+
+    def hide(x: Tensor, some: slice) -> None:
+        if later is not None:
+            x[..., first:].masked_fill_(later, HIDDEN)
+        if hidden is not None:
+            x.masked_fill_(hidden if hidden.shape[1] == 1 else hidden[:, some], HIDDEN)
+
+    return hide
 
 
 def _tile_logits(p: Prepared, q: Tensor, k: Tensor) -> Tensor:
     """Logits `[batch, heads, rows, keys]` of one tile of wide queries."""
     if p.softcap is None:
-        return _grouped(q * p.scale, k.transpose(-1, -2))
-    x = _grouped(q[..., : p.split] * (p.scale / p.softcap), k[..., : p.split].transpose(-1, -2))
-    x = x.tanh() * p.softcap
-    if k.shape[-1] > p.split:
-        x = x + _grouped(q[..., p.split :], k[..., p.split :].transpose(-1, -2))
-    return x
+        return _grouped(q * p.scale, k.mT)
+    x = _grouped(q[..., : p.split] * (p.scale / p.softcap), k[..., : p.split].mT).tanh_() * p.softcap
+    return x + _grouped(q[..., p.split :], k[..., p.split :].mT) if k.shape[-1] > p.split else x
 
 
 def _grouped(a: Tensor, b: Tensor) -> Tensor:

@@ -1,6 +1,7 @@
 """Prefill over a part of the keys: sinks and a window per head, or any mask given tile by tile."""
 
 from collections.abc import Callable, Iterator, Sequence
+from itertools import product
 
 import torch
 from torch import Tensor
@@ -26,8 +27,8 @@ def attend_masked(
 ) -> tuple[Tensor, Tensor | None]:
     """Causal attention over any subset of keys, exactly; memory is bounded by a tile of queries, time is dense.
 
-    `visible(start, stop)` returns a bool mask `[batch or 1, heads or kv_heads or 1, stop - start, total]` for the queries
-    start..stop; it only narrows causality. Shapes and keywords: see `foveal.ops.dense`.
+    `visible(start, stop)` returns a bool mask `[batch or 1, heads or kv_heads or 1, stop - start, total]` for the
+    queries start..stop; it only narrows causality. Shapes and keywords: see `foveal.ops.dense`.
     """
     check(q, k, v, sinks=sinks, bias=bias, mass=mass)
     p = prepare(q, k, v, scale=scale, softcap=softcap, bias=bias, mass=mass, differentiable=(q, k, v, sinks))
@@ -49,11 +50,11 @@ def attend_band(
     mass: Tensor | None = None,
     need_lse: bool = False,
 ) -> tuple[Tensor, Tensor | None]:
-    """Sinks and a sliding window: query i sees key j if j <= i and (j < sink or i - j < recent), i and j token positions.
+    """Sinks and a sliding window: position i sees position j if j <= i and (j < sink or i - j < recent).
 
     Key t has position t and the queries are the last of them. `sink` and `recent` are numbers of tokens, for all query
-    heads or one each; `FOREVER` makes a head dense. Cost is length * (sink + recent) for a window head. Shapes and other
-    keywords: see `foveal.ops.dense`. Raises `InputError` for negative numbers or too few of them.
+    heads or one each; `FOREVER` makes a head dense. Cost is length * (sink + recent) for a window head. Shapes and
+    other keywords: see `foveal.ops.dense`. Raises `InputError` for negative numbers or too few of them.
     """
     check(q, k, v, sinks=sinks, bias=bias, mass=mass)
     heads, total = q.shape[1], k.shape[2]
@@ -112,37 +113,33 @@ def _window(p: Prepared, sink: int, recent: int) -> tuple[Tensor, Tensor]:
     if dense == length:
         return out, lse
     later = slice(dense, None)
+    far = fused(p.part(every, every, later, slice(sink)), causal=False) if sink else None
     if recent:
-        _slide(p, recent, dense, out, lse)
+        _slide(p, recent, dense, far, out[:, :, later], lse[:, :, later])
     else:
-        out[:, :, later], lse[:, :, later] = 0.0, HIDDEN
-    if sink:
-        far = fused(p.part(every, every, later, slice(sink)), causal=False)
-        out[:, :, later], lse[:, :, later] = merge(out[:, :, later], lse[:, :, later], *far)
+        out[:, :, later], lse[:, :, later] = far or (0.0, HIDDEN)
     return out, lse
 
 
-def _slide(p: Prepared, recent: int, first: int, out: Tensor, lse: Tensor) -> None:
-    """Write the window's part of the queries from `first` on, which all have `recent` keys behind them."""
-    length, kv_heads = p.q.shape[2], p.k.shape[1]
-    group, begin = p.q.shape[1] // kv_heads, p.k.shape[2] - length + first - recent + 1
-    tile = min(max(recent // 4, 64), 768, length - first)
+def _slide(p: Prepared, recent: int, first: int, far: tuple[Tensor, Tensor] | None, out: Tensor, lse: Tensor) -> None:
+    """Write out and lse of the queries from `first` on, joined with `far`; `recent` - 1 keys lie before each."""
+    count, kv_heads = out.shape[2], p.k.shape[1]
+    group, begin = p.q.shape[1] // kv_heads, p.k.shape[2] - count - recent + 1
+    tile = min(32 if recent < 256 else 64, count)  # wider tiles look at more keys outside the windows
     row = torch.arange(tile, device=p.q.device)[:, None]
     column = torch.arange(tile + recent - 1, device=p.q.device)[None]
     inside = (column >= row) & (column < row + recent)
     mask = torch.zeros(inside.shape, device=p.q.device, dtype=wide(p.q.dtype)).masked_fill_(~inside, HIDDEN)
-    whole = (length - first) // tile * tile
-    for size, start, stop in ((tile, first, first + whole), (length - first - whole, first + whole, length)):
-        if start == stop:
+    whole = count // tile * tile
+    for size, rows in ((tile, slice(0, whole)), (count - whole, slice(whole, count))):
+        if size == 0:
             continue
-        keys = slice(begin + start - first, begin + stop - first + recent - 1)
-        corner = mask[:size, : size + recent - 1]
-        for b in range(p.q.shape[0]):
-            for kv in range(kv_heads):
-                # Tiles are a batch; their windows overlap in memory, so nothing is copied.
-                heads = slice(kv * group, (kv + 1) * group)
-                tiles = p.q[b, heads, start:stop].unflatten(1, (-1, size)).transpose(0, 1)
-                k, v = (t[b, kv, keys].unfold(0, size + recent - 1, size).mT[:, None] for t in (p.k, p.v))
-                o, l = fused(p.replace(tiles, k, v), causal=False, mask=corner)
-                out[b, heads, start:stop] = o.transpose(0, 1).flatten(1, 2)
-                lse[b, heads, start:stop] = l.transpose(0, 1).flatten(1, 2)
+        keys = slice(begin + rows.start, begin + rows.stop + recent - 1)
+        for b, kv in product(range(p.q.shape[0]), range(kv_heads)):
+            # Tiles are a batch; their windows overlap in memory, so nothing is copied.
+            here = (b, slice(kv * group, (kv + 1) * group), rows)
+            tiles = p.q[b, here[1], first:][:, rows].unflatten(1, (-1, size)).transpose(0, 1)
+            k, v = (t[b, kv, keys].unfold(0, size + recent - 1, size).mT[:, None] for t in (p.k, p.v))
+            near = fused(p.replace(tiles, k, v), causal=False, mask=mask[:size, : size + recent - 1])
+            near = [t.transpose(0, 1).flatten(1, 2) for t in near]
+            out[here], lse[here] = merge(*near, far[0][here], far[1][here]) if far else near

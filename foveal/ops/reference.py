@@ -1,4 +1,4 @@
-"""What the prefill operations mean: full logits, full mask, softmax, in float64. Tests compare the fast ones to these."""
+"""What the prefill operations mean: full logits, full mask, softmax, in float64. Tests compare to these."""
 
 import math
 

@@ -31,8 +31,9 @@ def attention_stats(
 ) -> dict[str, Tensor]:
     """Statistics of the probabilities p = exp(logit - lse) that the queries give the keys they see.
 
-    `lse` `[batch, heads, length]` is that of `attend` with the same keywords (so p includes learned sinks, whose own share
-    belongs to no key). `rows` = (start, stop) looks at those queries only. Float32, or float64 for float64 queries.
+    `lse` `[batch, heads, length]` is that of `attend` with the same keywords, learned sinks included (their own share
+    belongs to no key). `rows` = (start, stop) looks at those queries only. Other keywords: see `foveal.ops.dense`.
+    Computed and returned in float32, or in float64 for float64 queries.
 
     - `col_mass` `[batch, heads, total]`: sum of p over the queries.
     - `col_low` `[batch, heads, total]`: how many queries see the key and give it p < 1/t, t the number of keys they see
@@ -65,7 +66,7 @@ def attention_stats(
                 _add(here, x, slice(s, e), c, past + s, sink, None if few is None else few[b, heads, s:e])
     if mass is not None and "col_low" in out:
         out["col_low"].masked_fill_(spread(mass, q.shape[1]) == 0, 0.0)
-    return out
+    return {name: out[name] for name in want}
 
 
 def _empty(p: Prepared, want: Set[str]) -> dict[str, Tensor]:
@@ -97,7 +98,7 @@ def _head_groups(p: Prepared) -> Iterator[tuple[slice, int]]:
 def _tiles(
     p: Prepared, b: int, heads: slice, kv: int, past: int, limit: int | None
 ) -> Iterator[tuple[int, int, int, Tensor]]:
-    """Yield (first query, end, first key, logit - lse `[group, queries, keys]`) over the causal triangle of a KV head."""
+    """Yield (first query, end, first key, logit - lse `[group, queries, keys]`) over one KV head's triangle."""
     group, length, width = heads.stop - heads.start, p.q.shape[2], p.q.shape[3]
     keys = p.k[b, kv].T
     columns = max(128, (_TILE_NUMBERS if p.q.is_cpu else 1 << 24) // (group * _ROWS))
@@ -126,7 +127,7 @@ def _add(out: dict[str, Tensor], x: Tensor, rows: slice, c: int, first: int, sin
     if "col_mass" in out:
         out["col_mass"][:, c:end] += p.sum(1)
     if few is not None:
-        low = (p < few).to(p.dtype)
+        low = torch.lt(p, few, out=torch.empty_like(p))  # counting a bool mask is many times slower
         out["col_low"][:, c:end] += (low.tril_(first - c) if cut else low).sum(1)
     if "entropy" in out:
         out["entropy"][:, rows] -= x.clamp_(max=-HIDDEN).mul_(p).sum(-1)
@@ -136,14 +137,20 @@ def _add(out: dict[str, Tensor], x: Tensor, rows: slice, c: int, first: int, sin
         # Positions count from the tile's first key: far from 0 float32 would lose the small differences.
         keys = torch.arange(end - c, dtype=p.dtype, device=p.device)
         queries = torch.arange(first - c, first - c + p.shape[1], dtype=p.dtype, device=p.device)
-        total, weighted = (p @ torch.stack([torch.ones_like(keys), keys], -1)).unbind(-1)
-        out["mean_distance"][:, rows] += total * queries - weighted
+        out["mean_distance"][:, rows] += p.sum(-1) * queries - p @ keys
     if "row_max" in out:
-        top, where = p.max(-1)
-        better = top > out["row_max"][:, rows]
-        out["row_max"][:, rows] = torch.where(better, top, out["row_max"][:, rows])
-        if "row_argmax" in out:
-            out["row_argmax"][:, rows] = torch.where(better, where + c, out["row_argmax"][:, rows])
+        _add_max(out, p, rows, c)
+
+
+def _add_max(out: dict[str, Tensor], p: Tensor, rows: slice, c: int) -> None:
+    top, best = p.amax(-1), out["row_max"][:, rows]
+    if "row_argmax" in out:
+        # The first of the largest: max(-1) takes four times as long as these three passes.
+        falling = torch.arange(p.shape[-1], 0, -1, dtype=p.dtype, device=p.device)
+        largest = torch.eq(p, top[..., None], out=torch.empty_like(p)).mul_(falling)
+        where = c + p.shape[-1] - largest.amax(-1).long()
+        out["row_argmax"][:, rows] = torch.where(top > best, where, out["row_argmax"][:, rows])
+    out["row_max"][:, rows] = torch.maximum(top, best)
 
 
 def _fold_lse(p: Prepared, lse: Tensor, rows: slice) -> Prepared:

@@ -1,26 +1,28 @@
-"""Needles in prose: magic numbers between the sentences of a novel (RULER's NIAH wording, Hsieh et al. 2024)."""
+"""Needles in prose: magic numbers between the sentences of a novel (after the multi-key task of RULER, 2024)."""
 
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cache
-from itertools import islice, cycle
+from itertools import cycle, islice
 
 from foveal.data import book
 from foveal.tasks.retrieval import Fact, Retrieval
 from foveal.tasks.task import place
 
-_KEYS = tuple("anchor basket candle dragon engine falcon garden hammer island jacket kettle ladder marble needle orange".split())
-
-
-@cache
-def _sentences() -> list[str]:
-    return re.findall(r".+?(?:[.!?][\"')]*\s+|$)", book(), flags=re.DOTALL)
+_KEYS = (
+    *("anchor", "basket", "candle", "dragon", "engine", "falcon", "garden", "hammer"),
+    *("island", "jacket", "kettle", "ladder", "marble", "needle", "orange"),
+)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Needle(Retrieval):
-    """A stretch of *Moby-Dick* with one sentence for each 7-digit magic number, asked for by its key word."""
+    """A stretch of *Moby-Dick* with a sentence for each 7-digit magic number, asked for by its key word.
+
+    The sentence begins as the answer does ("The magic number of the anchor is"): with RULER's own wording ("One of the
+    special magic numbers for anchor is:") the default model mixes up several keys even with dense attention.
+    """
 
     name = "needle"
     opening = (
@@ -28,7 +30,6 @@ class Needle(Retrieval):
         "I will quiz you about the numbers afterwards.\n"
     )
 
-    lead: str = "The special magic number for {key} mentioned in the provided text is"
     max_new_tokens: int = 12
 
     def facts(self, seed: int, group: int, depths: Sequence[float]) -> list[Fact]:
@@ -36,19 +37,21 @@ class Needle(Retrieval):
         rng = self._rng(seed, group)
         keys = rng.sample(_KEYS, len(depths))
         numbers = rng.sample(range(1_000_000, 10_000_000), len(depths))
-        return [
-            Fact(
-                sentence=f"One of the special magic numbers for {key} is: {number}. ",
-                question=f"What is the special magic number for {key} mentioned in the provided text?",
-                lead=self.lead.format(key=key),
-                answer=str(number),
-                depth=depth,
-            )
-            for key, number, depth in zip(keys, numbers, depths, strict=True)
-        ]
+        facts = []
+        for key, number, depth in zip(keys, numbers, depths, strict=True):
+            lead = f"The magic number of the {key} is"
+            question = f"What is the magic number of the {key}?"
+            facts.append(Fact(f"{lead} {number}. ", question, lead, str(number), depth))
+        return facts
 
     def filler(self, seed: int, group: int) -> Callable[[int], list[str]]:
         """Sentences from a place in the book that differs between documents and seeds."""
         sentences = _sentences()
         start = int(place(seed, group) * len(sentences))
         return lambda pieces: list(islice(cycle(sentences[start:] + sentences[:start]), pieces))
+
+
+@cache
+def _sentences() -> list[str]:
+    """The book's sentences with the space that follows each; joined, they are the book."""
+    return re.findall(r".+?(?:[.!?][\"')]*\s+|$)", book(), flags=re.DOTALL)

@@ -1,4 +1,4 @@
-"""Pass keys in a repeated filler: does a method keep what stands out? (Mohtashami & Jaggi 2023; RULER's noise text)"""
+"""A pass key in a repeated filler: does a method keep what stands out? (Mohtashami and Jaggi, 2023)"""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -6,12 +6,15 @@ from dataclasses import dataclass
 from foveal.tasks.retrieval import Fact, Retrieval
 
 _NOISE = "The grass is green. The sky is blue. The sun is yellow. Here we go. There and back again.\n"
-_NAMES = ("Alice", "Henry", "Maria", "Peter", "Sarah", "David", "Emma", "Frank", "Julia", "Oscar")
+_PEOPLE = ("Alice", "Henry", "Maria", "Peter", "Sarah", "David", "Emma", "Frank", "Julia", "Oscar")
 
 
 @dataclass(frozen=True, kw_only=True)
 class Passkey(Retrieval):
-    """Lines of filler with one line for each 5-digit pass key; each key belongs to a person and is asked for by name."""
+    """Lines of filler around a line with a 5-digit pass key; with several in one document, each belongs to a person.
+
+    One by default: in a filler that only repeats itself, small models mix up several keys even with dense attention.
+    """
 
     name = "passkey"
     opening = (
@@ -19,23 +22,20 @@ class Passkey(Retrieval):
         "I will quiz you about it.\n"
     )
 
+    per_context: int = 1
     max_new_tokens: int = 10
 
     def facts(self, seed: int, group: int, depths: Sequence[float]) -> list[Fact]:
         """One fact for each depth, with distinct people and keys."""
         rng = self._rng(seed, group)
-        people = rng.sample(_NAMES, len(depths))
+        people = rng.sample(_PEOPLE, len(depths))
         keys = rng.sample(range(10_000, 100_000), len(depths))
-        return [
-            Fact(
-                sentence=f"The pass key of {person} is {key}. Remember it. {key} is the pass key of {person}.\n",
-                question=f"What is the pass key of {person}?",
-                lead=f"The pass key of {person} is",
-                answer=str(key),
-                depth=depth,
-            )
-            for person, key, depth in zip(people, keys, depths, strict=True)
-        ]
+        facts = []
+        for person, key, depth in zip(people, keys, depths, strict=True):
+            what = "pass key" if len(depths) == 1 else f"pass key of {person}"
+            sentence = f"The {what} is {key}. Remember it. {key} is the {what}.\n"
+            facts.append(Fact(sentence, f"What is the {what}?", f"The {what} is", str(key), depth))
+        return facts
 
     def filler(self, seed: int, group: int) -> Callable[[int], list[str]]:
         """The same line over and over."""

@@ -33,9 +33,11 @@ class Retrieval(Task):
     opening = ""
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if not 1 <= self.per_context <= len(DEPTHS):
             raise InputError(
-                f"Expected per_context from 1 to {len(DEPTHS)}, got {self.per_context}; a document has {len(DEPTHS)} depths."
+                f"Expected per_context from 1 to {len(DEPTHS)} (facts in one document, each at its own depth), "
+                f"got {self.per_context}; choose one of them."
             )
 
     @abstractmethod

@@ -1,6 +1,7 @@
 """What an evaluation task is: samples of token ids, split where the cache is compressed, and a score."""
 
 import random
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -31,7 +32,7 @@ class Sample:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Task:
+class Task(ABC):
     """Base of every task: a frozen dataclass with class attributes `name`, `kind`, `better` and the two methods below.
 
     kind "generate": generate up to `max_new_tokens` greedily after the question, then `score(sample, text)`.
@@ -44,6 +45,10 @@ class Task:
 
     max_new_tokens: int
 
+    def __post_init__(self) -> None:
+        _positive("max_new_tokens", self.max_new_tokens)
+
+    @abstractmethod
     def samples(
         self,
         tokenizer,
@@ -59,17 +64,15 @@ class Task:
         leaves one token to be fed. `positions` is the most the model can hold (default: the tokenizer's own limit).
         Sample i does not depend on `n`. Raises `InputError` for a length that is too short or beyond `positions`.
         """
-        raise NotImplementedError
 
+    @abstractmethod
     def score(self, sample: Sample, answer: str | Sequence[float]) -> float:
         """The score of one answer: text for kind "generate", nats per target token for kind "nll"."""
-        raise NotImplementedError
 
     def _check(self, tokenizer, length: int, n: int, positions: int | None) -> None:
         limit = tokenizer.model_max_length if positions is None else positions
-        for name, value in (("length", length), ("n", n)):
-            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-                raise InputError(f"Expected {name} to be a positive whole number, got {value!r}; choose one.")
+        _positive("length", length)
+        _positive("n", n)
         if length > limit:
             raise InputError(
                 f"Task '{self.name}' was asked for {length:,} tokens, but the model has {limit:,} positions; "
@@ -130,3 +133,8 @@ def _agree(rows: list[list[int]]) -> int:
 def place(seed: int, index: int) -> float:
     """A place from 0 to 1 for text number `index`: multiples of the golden ratio keep the places of one seed apart."""
     return (random.Random(f"place/{seed}").random() + index * 0.6180339887498949) % 1.0
+
+
+def _positive(name: str, value: int) -> None:
+    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+        raise InputError(f"Expected {name} to be a positive whole number, got {value!r}; choose one.")

@@ -135,7 +135,7 @@
     cols.forEach((column, i) => {
       const star = i === 0 && row.done && !row.complete ? "*" : "";
       const small = column.small?.(row);
-      line.append(make(i ? "td" : "th", i ? {} : { scope: "row" }, i === 0 && !row.baseline ? swatch(row.series) : null,
+      line.append(make(i ? "td" : "th", i ? {} : { scope: "row", title: row.label }, i === 0 && !row.baseline ? swatch(row.series) : null,
         column.text(row) + star, small ? make("small", {}, small) : null));
     });
     const body = make("tbody", {}, line);
@@ -218,7 +218,7 @@
     const ends = rows().flatMap((r) => [quality(r).low, quality(r).y, quality(r).high]).filter(has);
     return {
       animationDuration: 250, aria: { enabled: false }, textStyle: { fontFamily: "inherit" },
-      grid: { left: 54, right: byShare ? 26 : 64, top: 34, bottom: 48 },
+      grid: { left: 54, right: byShare ? 26 : 20 + 5 * Math.min(14, Math.max(...series.map((s) => s.length), 4)), top: 34, bottom: 48 },
       xAxis: { ...axis, type: "value", name: xName, nameLocation: "middle", nameGap: 30, scale: !byShare, min: byShare ? 0 : null,
         axisLabel: { ...axis.axisLabel, formatter: xForm, hideOverlap: true } },
       yAxis: { ...axis, type: "value", scale: true, min: state.task === null && Math.min(...ends) < 0.6 ? 0 : null,
@@ -251,23 +251,26 @@
       new ResizeObserver(() => { charts[id].resize(); spreadLabels(charts[id]); }).observe(box);
     }
     charts[id].setOption(option, { notMerge: true });
-    charts[id].labelled = option.series.flatMap((s, i) => (s.data || []).filter((d) => d.label?.show).map((point) => ({ i, point, data: s.data })));
+    charts[id].labelled = option.series.flatMap((s, i) => (s.data || []).filter((d) => d.label?.show).map((point) => ({ i, name: s.name, point, data: s.data })));
     spreadLabels(charts[id]);
   }
 
-  function spreadLabels(chart) { // names that would cover one another move down, a line's height at a time
-    const placed = [];
-    const where = ({ point }) => chart.convertToPixel({ gridIndex: 0 }, point.value);
-    const order = chart.labelled.map((l) => ({ ...l, pixel: where(l) })).sort((a, b) => a.pixel[1] - b.pixel[1]);
-    const moved = [];
-    for (const { i, point, data, pixel: [x, y] } of order) {
-      let at_y = y + (point.label.position === "bottom" ? 18 : 0);
-      for (const other of placed) if (Math.abs(other.x - x) < 90 && at_y < other.y + 15) at_y = other.y + 15;
-      placed.push({ x, y: at_y });
-      point.label.offset = [0, at_y - y - (point.label.position === "bottom" ? 18 : 0)];
-      moved[i] = { data };
+  function spreadLabels(chart) { // a name that would cover a point or another name moves up or down to the nearest free place
+    const pixel = (point) => chart.convertToPixel({ gridIndex: 0 }, point.value);
+    const taken = chart.labelled.flatMap((l) => l.data).map(pixel).map(([x, y]) => ({ left: x - 5, right: x + 5, y, half: 5 }));
+    const changed = [];
+    for (const { i, name, point, data } of [...chart.labelled].sort((a, b) => pixel(a.point)[1] - pixel(b.point)[1])) {
+      const [x, y] = pixel(point);
+      const [below, wide] = [point.label.position === "bottom", 6.6 * Math.min(name.length, 18)];
+      const box = { left: below ? x - wide / 2 : x + 8, right: below ? x + wide / 2 : x + 14 + wide, half: 7 };
+      const free = (dy) => taken.every((t) => Math.abs(t.y - box.y - dy) >= t.half + box.half || t.right <= box.left || t.left >= box.right);
+      box.y = y + (below ? 18 : 0);
+      const shift = [0, 8, -8, 15, -15, 23, -23, 30, -30, 45, -45].find(free) ?? 0;
+      taken.push({ ...box, y: box.y + shift });
+      point.label.offset = [0, shift];
+      changed[i] = { data };
     }
-    chart.setOption({ series: Array.from(chart.getOption().series, (_, i) => moved[i] || {}) });
+    chart.setOption({ series: Array.from(chart.getOption().series, (_, i) => changed[i] || {}) });
   }
 
   function drawLegend() {

@@ -1,0 +1,72 @@
+"""DuoAttention: retrieval heads keep everything, streaming heads keep sinks and a recent window."""
+
+from dataclasses import dataclass
+
+from ...edits import Keep
+from ...heads import roles_for
+from ...method import Method, check_range, method
+from ...selection import FOREVER, Band, Selection
+from .by_head import HeadPlan, check_share, evict_oldest, outside, split
+
+
+@method(
+    "duo",
+    paper="DuoAttention: Efficient Long-Context LLM Inference with Retrieval and Streaming Heads (2024), card 118",
+    claim="Half of the KV heads as streaming heads (25 % of them whole in multi-head models) keep needle accuracy near dense.",
+)
+@dataclass(frozen=True)
+class Duo(Method):
+    """The share `whole` of the KV heads with the highest score keeps every key; the others keep `sink` + `recent` (deployed: 64 + 256).
+
+    budget: a share of the cache instead; half of it goes to whole heads (at most `whole` of them), the rest to windows that grow with the text.
+    roles: a head-role file (default: the one of this model); score: which score ranks the heads. Streaming heads are windowed in prefill
+    too, and a query sees exactly sink + recent keys, itself included, in prefill and in decode. Original positions.
+    """
+
+    budget: float | None = None
+    whole: float = 0.5
+    sink: int = 64
+    recent: int = 256
+    roles: str | None = None
+    score: str = "retrieval"
+
+    def __post_init__(self) -> None:
+        check_share("duo", self.budget)
+        check_range("whole", self.whole, 0, 0.999)
+        check_range("sink", self.sink, 0)
+        check_range("recent", self.recent, 2)
+
+    def setup(self, model) -> HeadPlan:
+        share = self.whole if self.budget is None else split(self.budget, self.whole)[0]
+        roles = roles_for(model.model, self.roles)
+        return HeadPlan.of(roles.top_share(self.score, share, model.kv_heads))
+
+    def _size(self, step, ahead: int):
+        """Keys a streaming head's query may see, itself included; sinks never take more than a quarter of them."""
+        if self.budget is None:
+            return self.sink + self.recent
+        return step.budget(split(self.budget, self.whole)[1], ahead)
+
+    def _sink(self, step) -> int:
+        return self.sink if self.budget is None else min(self.sink, 4)
+
+    def select(self, step) -> Selection:
+        others = step.plan.others[step.layer]
+        size = self._size(step, ahead=0)
+        if step.decode or not others or size >= step.T:
+            return super().select(step)
+        sink, group = self._sink(step), step.group_size
+        recent = [max(1, size - sink) if h // group in others else FOREVER for h in range(step.H)]
+        return Band(sink, recent)
+
+    def keep(self, step) -> Keep | None:
+        others = step.plan.others[step.layer]
+        if not others:
+            return None
+        sink, size = self._sink(step), self._size(step, ahead=1)
+        if step.decode:
+            return evict_oldest(step, others, sink, size - 1)
+        if step.T < size:
+            return None
+        token, last = step.token, step.q_token[:, -1, None, None]
+        return Keep(mask=outside(step, others, (token >= sink) & (last - token >= max(2, size - sink) - 1)))

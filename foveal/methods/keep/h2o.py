@@ -1,0 +1,46 @@
+"""H2O: keep the keys that have gathered the most attention, and the newest ones."""
+
+from dataclasses import dataclass
+
+from ...edits import Keep, Plane
+from ...method import Budget, Method, check_budget, check_range, method
+
+
+@method(
+    "h2o",
+    paper="H2O: Heavy-Hitter Oracle for Efficient Generative Inference of Large Language Models (2023), card 28",
+    claim="20 % of the cache, half of it heavy hitters, matches the full cache where a window of equal size does not.",
+)
+@dataclass(frozen=True)
+class H2O(Method):
+    """Accumulate attention received per key; hold `budget` keys a KV head, the share `recent` of them for the newest.
+
+    Defaults are the paper's 10 % heavy + 10 % recent. Mass is summed over the query heads of a KV head (the original has one each). A
+    dropped key's sum leaves with it. Original positions; sinks need no protection, they collect the largest sums.
+    """
+
+    budget: Budget = 0.2
+    recent: float = 0.5
+
+    needs = frozenset({"col_mass"})
+    planes = {"h2o": Plane(0.0)}
+    dense_prefill = True
+
+    def __post_init__(self) -> None:
+        check_budget(self.budget)
+        check_range("recent", self.recent, 0, 1)
+
+    def keep(self, step) -> Keep | None:
+        step.store.add("h2o", step.group(step.stats["col_mass"], "sum"))
+        if not step.prompt_done:
+            return None
+        size = step.budget(self.budget)
+        if isinstance(size, int) and step.T <= size:
+            return None
+        total = step.store.plane("h2o")
+        newest = size * self.recent
+        newest = int(newest) if isinstance(size, int) else newest.long()[..., None]
+        newest = step.token > step.q_token[:, -1, None, None] - newest  # empty slots count as newest: never dropped
+        if step.decode:
+            return step.evict_one(total.masked_fill(newest, float("inf")).argmin(-1), size)
+        return step.keep_best(total, size, protected=newest)

@@ -1,0 +1,74 @@
+"""Scissorhands: tokens that were important stay important; when the cache is full, drop those most often unimportant."""
+
+from dataclasses import dataclass
+
+import torch
+
+from ...edits import Keep, Plane
+from ...errors import InputError
+from ...method import Budget, Method, check_budget, check_range, method
+
+
+@method(
+    "scissorhands",
+    paper="Scissorhands: Exploiting the Persistence of Importance Hypothesis for LLM KV Cache Compression at Test Time (2023), card 156",
+    claim="Up to 5x smaller caches without loss, because more than 95 % of a step's important tokens were important before.",
+)
+@dataclass(frozen=True)
+class Scissorhands(Method):
+    """Count for each key how often its weight was below uniform (1 / visible keys); when more than `budget` keys are held, drop those
+    with the highest counts: `drop` of the budget at once, or more where a prompt needs it. The newest `recent` always stay.
+
+    The history is the last `window` queries of a prompt and every query since, kept as running counters (the card's cheap variant);
+    counts are averaged over the query heads of a KV head. Between compressions the cache moves between budget - drop and budget.
+    """
+
+    budget: Budget = 0.2
+    window: int = 400
+    recent: int = 10
+    drop: float = 0.5
+
+    planes = {"low": Plane(0.0)}
+    dense_prefill = True
+
+    def __post_init__(self) -> None:
+        check_budget(self.budget)
+        check_range("window", self.window, 1)
+        check_range("recent", self.recent, 1)
+        check_range("drop", self.drop, 0, 1)
+        if self.drop == 1:
+            raise InputError("drop = 1 would empty the cache: expected a share of the budget below 1")
+
+    @property
+    def needs(self) -> frozenset[str]:
+        return frozenset({f"col_low:{self.window}"})
+
+    def keep(self, step) -> Keep | None:
+        step.store.add("low", step.group(step.stats["col_low"], "mean"))
+        if not step.prompt_done:
+            return None
+        size = step.budget(self.budget)
+        held = step.store.uniform
+        if held is not None and isinstance(size, int):
+            return self._compress(step, min(size, held - max(1, int(self.drop * size)))) if held > size else None
+        return self._compress_rows(step, size)
+
+    def _score(self, step):
+        """High is worth keeping: seldom low, among equals the newer; the newest are safe."""
+        token = step.token
+        score = token.double() / 2.0**31 - step.store.plane("low")  # float32 would lose the order among equal counts
+        return score.masked_fill(token > step.q_token[:, -1, None, None] - self.recent, float("inf"))
+
+    def _compress(self, step, left: int) -> Keep:
+        return step.keep_best(self._score(step), max(left, self.recent))
+
+    def _compress_rows(self, step, size) -> Keep | None:
+        """Rows of a batch that fill up at different times: one look at the device each step tells whether any is over."""
+        held = step.store.len
+        over = held > size
+        if not bool(over.any()):
+            return None
+        amount = torch.as_tensor(size, device=step.device)
+        left = torch.minimum(amount, held - (self.drop * amount).long().clamp(min=1)).clamp(min=self.recent)
+        rank = self._score(step).masked_fill(~step.store.valid, -float("inf")).argsort(-1, descending=True).argsort(-1)
+        return Keep(mask=(rank < torch.where(over, left, held)[..., None]) & step.store.valid)

@@ -1,0 +1,69 @@
+"""StreamingLLM: the first tokens, which absorb attention nobody wants, and a rolling window."""
+
+from dataclasses import dataclass
+
+import torch
+
+from ...edits import Keep, Plane
+from ...errors import InputError
+from ...method import Budget, Method, check_budget, check_range, method
+from ...selection import Band, Selection
+
+
+@method(
+    "streaming-llm",
+    paper="Efficient Streaming Language Models with Attention Sinks (2023), card 113",
+    claim="Perplexity stays flat at constant memory when 4 sink tokens are kept beside the window; a window alone fails.",
+)
+@dataclass(frozen=True)
+class StreamingLLM(Method):
+    """Keep `sink` first tokens and the newest, `budget` keys in all (paper: 4 + 1,020); what a query sees is the same in prefill and decode.
+
+    positions: "original" leaves keys where they were; "cache" numbers them inside the cache, so that text may outgrow the model's
+    positions (read long prompts in chunks then).
+    """
+
+    budget: Budget = 1024
+    sink: int = 4
+    positions: str = "original"
+
+    def __post_init__(self) -> None:
+        check_budget(self.budget)
+        check_range("sink", self.sink, 0)
+        if self.positions not in ("original", "cache"):
+            raise InputError(f"positions = {self.positions!r}: expected 'original' or 'cache'")
+
+    @property
+    def renumber(self) -> bool:
+        return self.positions == "cache"
+
+    @property
+    def unbounded(self) -> bool:
+        return self.renumber  # distances stay inside the cache
+
+    @property
+    def planes(self) -> dict[str, Plane]:
+        return {"shift": Plane(0, torch.int32)} if self.renumber else {}
+
+    def setup(self, model) -> None:
+        if self.renumber:
+            _ = model.rope  # raises now where keys cannot be moved
+
+    def select(self, step) -> Selection:
+        size = step.budget(self.budget)
+        if step.decode or size >= step.store.T:
+            return super().select(step)
+        return Band(self.sink, max(1, size - self.sink))
+
+    def keep(self, step) -> Keep | None:
+        size = step.budget(self.budget, ahead=1)  # with the next token itself, that is what its query may see
+        moved = self.sink if self.renumber else 0
+        if step.decode:
+            least = self.sink + 1
+            held = (size.clamp(min=least + 1) if isinstance(size, torch.Tensor) else max(size, least + 1)) - 1
+            return step.evict_one(step.oldest(after=self.sink), held, renumber=moved)
+        recent = max(2, size - self.sink) - 1
+        token, last = step.token, step.q_token[:, -1, None, None]
+        if step.store.T <= self.sink + recent:
+            return None
+        return Keep(mask=(token < self.sink) | (last - token < recent), renumber=moved)

@@ -1,0 +1,108 @@
+"""Scale or ablate single heads: the controls behind every claim about what a head does."""
+
+from collections import defaultdict
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ...errors import InputError
+from ...method import Method, method
+from ...store import FAR
+
+Heads = tuple[tuple[int, int], ...]
+
+
+def _by_layer(name: str, heads: Heads, model) -> dict[int, list[int]]:
+    out = defaultdict(list)
+    for pair in heads:
+        layer, head = pair
+        if layer not in model.layers or not 0 <= head < model.heads:
+            raise InputError(
+                f"{name}: there is no head {head} in layer {layer}; expected (layer, head) with a layer in {list(model.layers)} and a "
+                f"head in 0..{model.heads - 1}"
+            )
+        out[layer].append(head)
+    return dict(out)
+
+
+def _check(name: str, heads: Heads) -> None:
+    if not isinstance(heads, tuple) or any(not isinstance(p, tuple) or len(p) != 2 for p in heads):
+        raise InputError(f"{name}: heads = {heads!r} should be a tuple of (layer, head) pairs")
+
+
+@method(
+    "scale-heads",
+    paper="Head scaling, the intervention of card 37 and many others",
+    claim="A gain of one changes nothing; the output of a scaled head is proportional to its gain.",
+)
+@dataclass(frozen=True)
+class ScaleHeads(Method):
+    """Multiply the outputs of some query heads by `gain` before the output projection. heads: pairs (layer, head)."""
+
+    heads: Heads = ()
+    gain: float = 1.0
+
+    neutral = {"heads": ((0, 0),), "gain": 1.0}
+    example = {"heads": ((0, 1),), "gain": 0.25}
+
+    def __post_init__(self) -> None:
+        _check("scale-heads", self.heads)
+
+    def setup(self, model) -> dict[int, Tensor]:
+        plan = {}
+        for layer, heads in _by_layer("scale-heads", self.heads, model).items():
+            gains = torch.ones(1, model.heads, 1, 1)
+            gains[:, heads] = self.gain
+            plan[layer] = gains.to(model.model.device)
+        return plan
+
+    def where(self, model) -> tuple[int, ...]:
+        return tuple({layer for layer, _ in self.heads})
+
+    def mix(self, step, out: Tensor) -> Tensor:
+        return out * step.plan[step.layer].to(out.dtype)
+
+
+@method(
+    "ablate",
+    paper="Retrieval Head Mechanistically Explains Long-Context Factuality (2024), card 51: masking heads",
+    claim="Masking the top retrieval heads breaks needle recall where masking as many random heads does not.",
+)
+@dataclass(frozen=True)
+class Ablate(Method):
+    """Take some query heads out. mode "uniform" (the papers' masking): the head attends equally to every key it could see; "zero": its output is
+    zero. heads: pairs (layer, head).
+    """
+
+    heads: Heads = ()
+    mode: str = "uniform"
+
+    neutral = {"heads": ()}
+    example = {"heads": ((0, 1), (1, 0))}
+
+    def __post_init__(self) -> None:
+        _check("ablate", self.heads)
+        if self.mode not in ("uniform", "zero"):
+            raise InputError(f"mode = {self.mode!r}: expected 'uniform' or 'zero'")
+
+    def setup(self, model) -> dict[int, list[int]]:
+        return _by_layer("ablate", self.heads, model)
+
+    def where(self, model) -> tuple[int, ...]:
+        return tuple({layer for layer, _ in self.heads})
+
+    def mix(self, step, out: Tensor) -> Tensor:
+        heads = step.plan[step.layer]
+        out = out.clone()
+        out[:, heads] = 0.0 if self.mode == "zero" else self._uniform(step, out.dtype)[:, heads]
+        return out
+
+    @staticmethod
+    def _uniform(step, dtype: torch.dtype) -> Tensor:
+        """The mean of the values each query can see, [batch, heads, length, value_dim]."""
+        valid = step.token != FAR
+        total, count = step.store.values().float().sum(2, keepdim=True), valid.sum(2)[..., None, None]
+        later = step.v_new.float().flip(2).cumsum(2).flip(2) - step.v_new.float()  # new values after each query
+        ahead = torch.arange(step.L - 1, -1, -1, device=step.device)[:, None]
+        return step.per_head((total - later) / (count - ahead)).to(dtype)

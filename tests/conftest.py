@@ -1,0 +1,35 @@
+"""Fixtures shared by all tests."""
+
+import os
+import warnings
+
+os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
+
+import pytest
+import torch
+
+from foveal.errors import ModelFileError
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _threads():
+    # Waiting threads cost more than they give where test processes share the cores: one, unless told otherwise.
+    torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
+
+
+@pytest.fixture(autouse=True)
+def _seed():
+    torch.manual_seed(0)
+
+
+@pytest.fixture(scope="session")
+def default_model():
+    """`(model, tokenizer)` of the default model in float32 on the CPU; tests must leave both as they found them."""
+    from foveal.hub import load
+
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            return load(device="cpu", dtype="float32")
+    except ModelFileError as error:
+        pytest.skip(f"the default model is neither cached nor fetchable: {error}")
