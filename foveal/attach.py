@@ -118,6 +118,7 @@ class Session:
         self.store: Store | None = None
         self.active = self._resolve()
         self.planes = self._planes()
+        self.read_share: float | None = None  # of the keys held, how many the latest decode step read
         self._more = False
         self._tokens: list = []
         AttentionInterface.register(NAME, foveal_attention)
@@ -180,6 +181,8 @@ class Session:
         ACTIVE.reset(self._tokens.pop())
         if output is None:  # the forward pass raised: its store is not usable any more
             return
+        if pass_.held:
+            self.read_share = pass_.read / pass_.held
         pass_.store.counts = [c + n for c, n in zip(pass_.counts, pass_.added, strict=True)]
         for m in iterate(self.method):
             if "end" in m.asks:

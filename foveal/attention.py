@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 import sys
+import time
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
@@ -18,7 +19,7 @@ from . import ops
 from .cache import ACTIVE, StoreLayer
 from .edits import Bias, Reweigh
 from .errors import FovealError, InputError, UnsupportedModel
-from .method import Method
+from .method import STATISTICS, Method
 from .ops import ragged
 from .ops.ragged import Logit
 from .selection import All, And, Band, Blocks, Nothing, Selection, TokenIds, Tokens
@@ -252,48 +253,46 @@ def _weights(z: Tensor, lse: Tensor) -> Tensor:
 def _statistics(step: Step, needs: frozenset[str], selection: Selection, layout: Layout, lse: Tensor | None) -> None:
     """Fill step.stats with what was named, in slots of the store."""
     if "lse" in needs:
-        step.stats["lse"] = lse
-    for window, want in _windows(needs).items():
-        _measure(step, want, window, selection, layout, lse)
-
-
-def _windows(needs: frozenset[str]) -> dict[int, set[str]]:
-    """Statistics by the number of last queries they look at: "col_low:400" asks for 400, "col_low" for all (0)."""
-    out: dict[int, set[str]] = {}
+        step.stats["lse"] = step.named_stats["lse"] = lse
     for need in needs:
-        name, _, window = need.partition(":")
-        if name in ops.stats.NAMES:
-            out.setdefault(int(window or 0), set()).add(name)
-    return out
+        name, _, window = need.partition(":")  # "col_low:400" looks at the last 400 queries, "col_low" at all
+        if name not in ops.stats.NAMES:
+            continue
+        start = time.perf_counter()
+        first = max(0, step.L - int(window)) if window else 0
+        step.stats[name] = step.named_stats[need] = _measure(step, name, first, selection, layout, lse)
+        step.seconds[need] = time.perf_counter() - start
 
 
-def _measure(
-    step: Step, want: set[str], window: int, selection: Selection, layout: Layout, lse: Tensor | None
-) -> None:
-    first = max(0, step.L - window) if window else 0
-    if isinstance(selection, All) and (layout.whole or step.bias is None):
+def _measure(step: Step, name: str, first: int, selection: Selection, layout: Layout, lse: Tensor) -> Tensor:
+    # columns of a layout with gaps are neither slots nor token ids
+    by_column = layout.whole or (step.bias is None and name not in ("sink_mass", "row_argmax"))
+    if isinstance(selection, All) and by_column:
         bias = _factors(step.bias, step.L)
         how = {"scale": step.logit.scale, "softcap": step.logit.softcap, "bias": bias, "mass": layout.mass}
-        found = ops.attention_stats(step.q, layout.key, lse, want=want, rows=(first, step.L), **how)
-        for name, x in found.items():
-            step.stats[name] = _to_slots(step, x) if name.startswith("col_") and not layout.whole else x
-        return
-    found = {name: torch.zeros(1, step.H, step.T, device=step.device) for name in want if name.startswith("col_")}
-    if want - set(found):
-        raise InputError(f"{sorted(want - set(found))} cannot be measured under a selection: measure it without one")
-    for start, stop, z in _tiles(step, selection, first):
-        weights = _weights(z, lse[:, :, start:stop])
-        _column_counts(found, weights, z > -math.inf)
-    step.stats.update(found)
+        x = ops.attention_stats(step.q, layout.key, lse, want={name}, rows=(first, step.L), **how)[name]
+        return _to_slots(step, x) if name.startswith("col_") and not layout.whole else x
+    tiles = (
+        _of_weights(step, name, _weights(z, lse[:, :, start:stop]), z > -math.inf)
+        for start, stop, z in _tiles(step, selection, first)
+    )
+    return sum(tiles) if name.startswith("col_") else torch.cat(list(tiles), 2)
 
 
-def _column_counts(found: dict[str, Tensor], weights: Tensor, seen: Tensor) -> None:
-    """Add [1, heads, queries, T] weights to column statistics; a tie with uniform attention is not low."""
-    if "col_mass" in found:
-        found["col_mass"] += weights.sum(2)
-    if "col_low" in found:
+def _of_weights(step: Step, name: str, weights: Tensor, seen: Tensor | None) -> Tensor:
+    """A statistic of explicit weights [batch, heads, queries, T]: [batch, heads, T] for columns, else [batch, heads, queries]."""
+    if name == "col_mass":
+        return weights.sum(2)
+    if name == "col_low":  # a tie with uniform attention is not low
         uniform = 1 / seen.sum(-1, keepdim=True).clamp(min=1)
-        found["col_low"] += ((weights < uniform * (1 - 1e-5)) & seen).sum(2)
+        return ((weights < uniform * (1 - 1e-5)) & seen).sum(2).to(weights.dtype)
+    if name == "entropy":
+        return -torch.special.xlogy(weights, weights).sum(-1)
+    if name == "sink_mass":
+        return (weights * step.per_head(step.token < 4)[:, :, None]).sum(-1)
+    if name == "row_argmax":
+        return weights.argmax(-1)
+    raise InputError(f"'{name}' is no statistic a method can name: choose from {', '.join(STATISTICS)}")
 
 
 def _to_slots(step: Step, x: Tensor) -> Tensor:
@@ -314,6 +313,7 @@ def _decode(
     rows.append(k, v, pass_.token(q.device))
     c = rows.single
     if not parts and c is not None and c.length is None and logit.softcap is None and logit.sinks is None:
+        pass_.count_keys(c.bound, c.bound)
         out = ragged.attend_rows(
             q.reshape(c.arange.shape[0], -1, q.shape[3]), c.read("key"), c.read("value"), logit.scale
         )
@@ -344,6 +344,7 @@ def _attend_decode(step: Step, selection: Selection, needs: frozenset[str], edit
     q = step.q.reshape(B * G, H // G, -1)
     if isinstance(selection, Tokens) and not needs and not edits and selection.slots.shape[1] == G:
         return _attend_tokens(step, selection, q), None
+    step.pass_.count_keys(rows.T, rows.T)
     extra, hidden = step.extra(), step.hidden(selection)
     plain = extra is None and hidden is None and step.logit.softcap is None and step.logit.sinks is None
     c = rows.single
@@ -388,6 +389,7 @@ def _attend_tokens(step: Step, selection: Tokens, q: Tensor) -> Tensor:
     slots = selection.expanded(limit)
     newest = slots.new_full((*slots.shape[:2], 1), past) if isinstance(past, int) else past[..., None]
     slots = torch.cat([slots, newest], -1).flatten(0, 1)
+    step.pass_.count_keys(slots.shape[-1], step.T)
     hidden = (slots < 0)[:, None]
     at = slots.clamp(min=0)
     extra = step.extra()
@@ -427,13 +429,8 @@ def _decode_statistics(step: Step, needs: frozenset[str], weights: Tensor, lse: 
         t = row.shape[2] if seen is None else seen.sum(-1, keepdim=True).clamp(min=1)
         low = row < (1 - 1e-5) / t
         step.stats["col_low"] = (low if seen is None else low & seen).to(row.dtype)
-    if "row_argmax" in needs:
-        step.stats["row_argmax"] = row.argmax(-1, keepdim=True)
-    if "entropy" in needs:
-        step.stats["entropy"] = -torch.special.xlogy(row, row).sum(-1, keepdim=True)
-    if "sink_mass" in needs:
-        sinks = step.per_head(step.token < 4)
-        step.stats["sink_mass"] = (row * sinks).sum(-1, keepdim=True)
+    for name in needs & {"entropy", "sink_mass", "row_argmax"}:
+        step.stats[name] = _of_weights(step, name, weights, None)
 
 
 # ---------------------------------------------------------------------- edits and the end of a step
@@ -493,23 +490,21 @@ def _reweigh(step: Step, parts: Sequence[Part], selection: Selection, lse: Tenso
 def _finish(step: Step, parts: Sequence[Part], out: Tensor) -> Tensor:
     for part in parts:
         out = part.method.mix(part.on(step), out)
-    for part in parts:
-        part.method.after(part.on(step))
-    for i, part in enumerate(parts):
-        keep = part.method.keep(part.on(step)) if "keep" in part.method.asks else None
-        if keep is not None:
-            if i + 1 < len(parts):
-                _carry_statistics(step, keep, parts[i + 1 :])
-            step.store.apply(keep)
+    let_go(step, parts)
     return out
 
 
-def _carry_statistics(step: Step, keep, rest: Sequence[Part]) -> None:
-    """Column statistics are in slots: they move with the keys for whoever keeps next."""
-    names = [n for n in step.stats if n.startswith("col_")]
-    if not names or not any("keep" in p.method.asks for p in rest):
-        return
-    raise FovealError("two keep methods with statistics cannot share one step: put the one with statistics last")
+def let_go(step: Step, parts: Sequence[Part]) -> None:
+    """The end of a step: everybody looks, then each method in turn keeps, seeing what those before it left.
+
+    (A chain refuses a second keeper that needs statistics per key: they belong to the slots before the first one.)
+    """
+    for part in parts:
+        part.method.after(part.on(step))
+    for part in parts:
+        keep = part.method.keep(part.on(step)) if "keep" in part.method.asks else None
+        if keep is not None:
+            step.store.apply(keep)
 
 
 def _sum(biases: Iterator[Bias | None]) -> Bias | None:

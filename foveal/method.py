@@ -123,6 +123,12 @@ class Chain(Method):
             raise CompositionError(f"two methods renumber positions in {' | '.join(names)}: keep one of them")
         if any("attend" in m.asks for m in self.members) and any({"weigh", "reweigh"} & set(m.asks) for m in self.members):
             raise CompositionError(f"a method in {' | '.join(names)} replaces the softmax, so no other can weigh it")
+        keepers = [m for m in self.members if "keep" in m.asks]
+        if any(need.startswith("col_") for m in keepers[1:] for need in m.needs):
+            raise CompositionError(
+                f"{' | '.join(m.name for m in keepers)}: statistics per key do not survive the first keep, so the method that needs them must "
+                "come first and alone"
+            )
         seen: dict[str, Plane] = {}
         for m in self.members:
             for plane, spec in m.planes.items():

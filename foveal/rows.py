@@ -90,8 +90,9 @@ class Rows:
                 return
         grown = round_up(self.bound + extra, GRAIN)
         if self.bound > 0:
-            grown = round_up(max(grown, self.capacity + self.room), GRAIN)
-            self.room = min(2 * self.room, max(64, self.capacity // 16))
+            room = max(self.room, self.capacity // 64)
+            grown = round_up(max(grown, self.capacity + room), GRAIN)
+            self.room = min(2 * room, max(64, self.capacity // 16))
         for name, plane in self.planes.items():
             new = plane.new_empty(plane.shape[0], grown, *plane.shape[2:])
             new[:, : self.bound] = plane[:, : self.bound]
@@ -125,7 +126,9 @@ class Rows:
         if self.length is None and not optional:
             self.bound -= 1
             for name, plane in self.planes.items():
-                plane[self.arange, slot] = plane[:, self.bound].clone()
+                moved = plane[:, self.bound]
+                # with a single row torch takes the view for an overlap
+                plane[self.arange, slot] = moved.clone() if len(moved) == 1 else moved
                 if name not in FIXED:
                     plane[:, self.bound] = self.fills[name]
             return

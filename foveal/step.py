@@ -46,6 +46,12 @@ class Pass:
         self.key: dict[int, Hashable] = {}
         self.added: list[int] = [length] * len(self.counts)  # real tokens of each sequence in this pass
         self._token: Tensor | None = None
+        self.read = self.held = 0
+
+    def count_keys(self, read: int, held: int) -> None:
+        """Decode: how many keys of the longest row were read and held, added up over layers."""
+        self.read += read
+        self.held += held
 
     @property
     def same(self) -> bool:
@@ -77,6 +83,8 @@ class Step:
         self.H, self.G, self.L = q.shape[1], k_new.shape[1], q.shape[2]
         self.decode, self.prompt_done, self.state = pass_.decode, pass_.prompt_done, pass_.state
         self.stats: dict[str, Tensor] = {}
+        self.named_stats: dict[str, Tensor] = {}  # the same by the full name of the need, "col_low:400"
+        self.seconds: dict[str, float] = {}  # what each cost; measured on a CPU, where work is done when the call returns
         self.scratch: dict[str, Any] = {}
         self.visible: Selection = All()
         self.bias: Bias | None = None
@@ -270,6 +278,11 @@ class Step:
         scores = scores.masked_fill(~self.store.valid, -math.inf)
         best = scores.topk(min(k, scores.shape[2]), dim=2).indices
         return Keep(mask=torch.zeros_like(scores, dtype=torch.bool).scatter_(2, best, True) & self.store.valid)
+
+    def adopt(self, needs: frozenset[str], named: dict[str, Tensor]) -> None:
+        """Take over statistics that another step of the same prompt computed."""
+        for need in needs:
+            self.stats[need.partition(":")[0]] = named[need]
 
     def require(self, name: str) -> Tensor:
         """A statistic by name."""

@@ -256,14 +256,14 @@ class LayerStore:
             if keep.mask is None:
                 c.fold(at, mine >= 0, mine.clamp(min=0))
             elif c.bound > 0:
-                c.fold(at, (mine[:, : c.bound] & c.used()).scatter(1, at[:, None], False), None)
+                c.fold(at, mine[:, : c.bound] & c.used(), None)
 
     def _renumber(self, keep: Keep) -> None:
         """Positions inside the cache: a key moves forward by the number of keys that leave after it."""
         token, valid = self.token, self.valid
         if keep.mask is None:
             leaver = token.gather(2, keep.drop.clamp(min=0)[..., None])
-            moved = (token < leaver) & valid & (keep.drop >= 0)[..., None]
+            moved = (token < leaver) & (leaver != FAR) & (keep.drop >= 0)[..., None]
             if keep.heads is not None:
                 moved &= torch.tensor([h in keep.heads for h in range(self.heads)], device=token.device)[:, None]
         else:

@@ -72,7 +72,9 @@ def test_a_prompt_holds_its_fact_at_its_depth_and_asks_for_it_after_the_context(
     for sample in get_task(name, per_context=5).samples(tokenizer, 4_000, 10, seed=3):
         context, question = text(tokenizer, sample.context), text(tokenizer, sample.question)
         assert context.startswith("<s><user>") and context.count("<s>") == 1
-        asked = re.fullmatch(r"What is the (.+)\?<end>\n<assistant>The (.+) is", question)
+        asked = re.fullmatch(
+            r"What is the (.+?)\?(?: Answer with the number\.)?<end>\n<assistant>The (.+) is", question
+        )
         assert asked and asked[1] == asked[2]
         fact = f"The {asked[1]} is {sample.target}."
         assert context.count(fact) == 1 and asked[1] not in question.replace(asked[1], "", 2)
@@ -136,7 +138,7 @@ def test_without_a_chat_template_the_prompt_is_plain_and_begins_once():
     tokenizer = characters(chat_template=None)
     sample = get_task("passkey").samples(tokenizer, 1_200, 1)[0]
     assert text(tokenizer, sample.context).startswith("<s>There is important information")
-    assert text(tokenizer, sample.question) == "What is the pass key?\nThe pass key is"
+    assert text(tokenizer, sample.question) == "What is the pass key? Answer with the number.\nThe pass key is"
 
 
 def test_a_template_that_rewrites_the_prompt_is_refused():

@@ -21,7 +21,8 @@ class Needle(Retrieval):
     """A stretch of *Moby-Dick* with a sentence for each 7-digit magic number, asked for by its key word.
 
     The sentence begins as the answer does ("The magic number of the anchor is"): with RULER's own wording ("One of the
-    special magic numbers for anchor is:") the default model mixes up several keys even with dense attention.
+    special magic numbers for anchor is:") the default model mixes up several keys even with dense attention. With more
+    than two numbers in a document, dense attention itself answers less than 85 % at 2,048 tokens.
     """
 
     name = "needle"
@@ -30,6 +31,7 @@ class Needle(Retrieval):
         "I will quiz you about the numbers afterwards.\n"
     )
 
+    per_context: int = 2
     max_new_tokens: int = 12
 
     def facts(self, seed: int, group: int, depths: Sequence[float]) -> list[Fact]:

@@ -14,6 +14,7 @@ class Passkey(Retrieval):
     """Lines of filler around a line with a 5-digit pass key; with several in one document, each belongs to a person.
 
     One by default: in a filler that only repeats itself, small models mix up several keys even with dense attention.
+    Without "Answer with the number." the default model explains what a pass key is when the line stands far back.
     """
 
     name = "passkey"
@@ -34,7 +35,9 @@ class Passkey(Retrieval):
         for person, key, depth in zip(people, keys, depths, strict=True):
             what = "pass key" if len(depths) == 1 else f"pass key of {person}"
             sentence = f"The {what} is {key}. Remember it. {key} is the {what}.\n"
-            facts.append(Fact(sentence, f"What is the {what}?", f"The {what} is", str(key), depth))
+            facts.append(
+                Fact(sentence, f"What is the {what}? Answer with the number.", f"The {what} is", str(key), depth)
+            )
         return facts
 
     def filler(self, seed: int, group: int) -> Callable[[int], list[str]]:

@@ -28,7 +28,7 @@ class Retrieval(Task):
     The samples of one document share an equal `context` and follow each other: one prefill serves them all.
     """
 
-    per_context: int = 5
+    per_context: int
     # The first words of the document.
     opening = ""
 

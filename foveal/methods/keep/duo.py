@@ -11,7 +11,7 @@ from .by_head import HeadPlan, check_share, evict_oldest, outside, split
 
 @method(
     "duo",
-    paper="DuoAttention: Efficient Long-Context LLM Inference with Retrieval and Streaming Heads (2024), card 118",
+    paper="DuoAttention: Efficient Long-Context LLM Inference with Retrieval and Streaming Heads (2024) [118]",
     claim="Half of the KV heads as streaming heads (25 % of them whole in multi-head models) keep needle accuracy near dense.",
 )
 @dataclass(frozen=True)

@@ -8,7 +8,7 @@ from ...method import Budget, Method, check_budget, check_range, method
 
 @method(
     "h2o",
-    paper="H2O: Heavy-Hitter Oracle for Efficient Generative Inference of Large Language Models (2023), card 28",
+    paper="H2O: Heavy-Hitter Oracle for Efficient Generative Inference of Large Language Models (2023) [28]",
     claim="20 % of the cache, half of it heavy hitters, matches the full cache where a window of equal size does not.",
 )
 @dataclass(frozen=True)

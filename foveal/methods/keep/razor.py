@@ -12,7 +12,7 @@ from .by_head import HeadPlan, check_share, evict_oldest, outside, split
 
 @method(
     "razor",
-    paper="RazorAttention: Efficient KV Cache Compression Through Retrieval Heads (2024), card 138",
+    paper="RazorAttention: Efficient KV Cache Compression Through Retrieval Heads (2024) [138]",
     claim="Over 70 % of the cache goes at near-equal recall when 15 % of the heads stay whole and the rest get a compensation token.",
 )
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ from ...method import Budget, Method, check_budget, check_range, method
 
 @method(
     "scissorhands",
-    paper="Scissorhands: Exploiting the Persistence of Importance Hypothesis for LLM KV Cache Compression at Test Time (2023), card 156",
+    paper="Scissorhands: Exploiting the Persistence of Importance Hypothesis for LLM KV Cache Compression at Test Time (2023) [156]",
     claim="Up to 5x smaller caches without loss, because more than 95 % of a step's important tokens were important before.",
 )
 @dataclass(frozen=True)

@@ -6,18 +6,20 @@ import torch
 
 from ...edits import Keep, Plane
 from ...errors import InputError
-from ...method import Budget, Method, check_budget, check_range, method
+from ...method import Budget, Method, check_budget, check_range, method, tokens_of
 from ...selection import Band, Selection
 
 
 @method(
     "streaming-llm",
-    paper="Efficient Streaming Language Models with Attention Sinks (2023), card 113",
+    paper="Efficient Streaming Language Models with Attention Sinks (2023) [113]",
     claim="Perplexity stays flat at constant memory when 4 sink tokens are kept beside the window; a window alone fails.",
 )
 @dataclass(frozen=True)
 class StreamingLLM(Method):
     """Keep `sink` first tokens and the newest, `budget` keys in all (paper: 4 + 1,020); what a query sees is the same in prefill and decode.
+
+    Beside the sinks a query always sees itself and the key before it, whatever the budget.
 
     positions: "original" leaves keys where they were; "cache" numbers them inside the cache, so that text may outgrow the model's
     positions (read long prompts in chunks then).
@@ -49,18 +51,30 @@ class StreamingLLM(Method):
         if self.renumber:
             _ = model.rope  # raises now where keys cannot be moved
 
+    def begin(self, pass_) -> None:
+        """Refuse what would reach beyond the model's positions even inside the cache."""
+        limit = pass_.session.info.max_positions
+        if not self.renumber or limit is None:
+            return
+        size = max(min(n, max(tokens_of(self.budget, n + 1), self.sink + 2) - 1) for n in pass_.counts)
+        if size + pass_.length > limit:
+            raise InputError(
+                f"{size} keys in the cache and {pass_.length} new tokens are more than the model's {limit} positions: "
+                "give a smaller budget or read the prompt in smaller chunks"
+            )
+
     def select(self, step) -> Selection:
         size = step.budget(self.budget)
-        if step.decode or size >= step.store.T:
+        if step.decode or max(size, self.sink + 2) >= step.store.T:
             return super().select(step)
-        return Band(self.sink, max(1, size - self.sink))
+        return Band(self.sink, max(2, size - self.sink))
 
     def keep(self, step) -> Keep | None:
         size = step.budget(self.budget, ahead=1)  # with the next token itself, that is what its query may see
         moved = self.sink if self.renumber else 0
         if step.decode:
-            least = self.sink + 1
-            held = (size.clamp(min=least + 1) if isinstance(size, torch.Tensor) else max(size, least + 1)) - 1
+            least = self.sink + 2
+            held = (size.clamp(min=least) if isinstance(size, torch.Tensor) else max(size, least)) - 1
             return step.evict_one(step.oldest(after=self.sink), held, renumber=moved)
         recent = max(2, size - self.sink) - 1
         token, last = step.token, step.q_token[:, -1, None, None]

@@ -33,7 +33,7 @@ def _check(name: str, heads: Heads) -> None:
 
 @method(
     "scale-heads",
-    paper="Head scaling, the intervention of card 37 and many others",
+    paper="Head scaling, the plainest intervention on a head",
     claim="A gain of one changes nothing; the output of a scaled head is proportional to its gain.",
 )
 @dataclass(frozen=True)
@@ -66,7 +66,7 @@ class ScaleHeads(Method):
 
 @method(
     "ablate",
-    paper="Retrieval Head Mechanistically Explains Long-Context Factuality (2024), card 51: masking heads",
+    paper="Retrieval Head Mechanistically Explains Long-Context Factuality (2024) [51]",
     claim="Masking the top retrieval heads breaks needle recall where masking as many random heads does not.",
 )
 @dataclass(frozen=True)

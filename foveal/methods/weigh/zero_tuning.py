@@ -12,7 +12,7 @@ from ...method import Method, check_range, method
 
 @method(
     "zero-tuning",
-    paper="ZeroTuning: Unlocking the Initial Token's Power to Enhance Large Language Models Without Training (2025), card 125",
+    paper="ZeroTuning: Unlocking the Initial Token's Power to Enhance Large Language Models Without Training (2025) [125]",
     claim="Scaling the initial token's attention in well-chosen heads raises accuracy without training; 1 changes nothing.",
 )
 @dataclass(frozen=True)

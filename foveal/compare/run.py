@@ -1,0 +1,442 @@
+"""The comparison: every method at every budget on the same prompts, in one process.
+
+Each prompt is read densely once; methods that read like the dense model start from a replay of it, the others read for themselves. The question
+comes after compression and all questions of one length are answered as one batch. Speed and memory come from runs of their own, one sequence
+at a time, so that nothing shared is counted to anyone.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import platform
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+
+from .. import __version__
+from ..attach import Session, attach
+from ..cache import Store
+from ..errors import FovealError, InputError
+from ..hub import model_identity
+from ..method import Budget, Method, check_budget, get_method, methods
+from ..replay import Recording, can_replay, record
+from ..tasks import Sample, Task, get_task
+from .measure import Memory, bootstrap, hardware, now, wilson
+
+METHODS = ("streaming-llm", "h2o", "scissorhands", "razor", "duo", "quest")
+TASKS = ("passkey", "needle", "perplexity")
+BUDGETS = (0.5, 0.25, 0.125)
+LENGTHS = (1024, 2048)
+TOGETHER = 10  # questions answered as one batch
+
+
+@dataclass
+class Record:
+    """One measurement: a method at a budget on a task at a length. Bytes and seconds are for one sequence."""
+
+    method: str
+    params: dict[str, Any]
+    task: str
+    length: int
+    budget: Budget | None
+    score: float | None = None
+    score_low: float | None = None
+    score_high: float | None = None
+    better: str = "higher"
+    n: int = 0
+    kv_bytes: int | None = None
+    kv_bytes_dense: int | None = None
+    kv_read_share: float | None = None
+    peak_bytes: int | None = None
+    prefill_s: float | None = None
+    decode_tok_s: float | None = None
+    status: str = "ok"
+    error: str | None = None
+    grid: list[dict] = field(default_factory=list)
+
+
+@dataclass
+class Comparison:
+    """Everything one run measured; `meta` says how, `records` what."""
+
+    meta: dict[str, Any]
+    records: list[Record]
+
+    def to_dict(self) -> dict:
+        return {"meta": self.meta, "records": [asdict(r) for r in self.records]}
+
+    def save_json(self, path: str | Path) -> None:
+        """Write all of it as JSON, whole or not at all."""
+        path = Path(path)
+        text = json.dumps(self.to_dict(), indent=1, allow_nan=False) + "\n"
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with tempfile.NamedTemporaryFile("w", dir=path.parent, suffix=".part", delete=False) as f:
+                f.write(text)
+            os.chmod(f.name, 0o644)
+            Path(f.name).replace(path)
+        except OSError as e:
+            raise InputError(f"cannot write {path}: {e.strerror or e}; choose another folder") from e
+
+
+@dataclass(frozen=True)
+class Config:
+    """One line of the table: a method with its parameters, or the dense model."""
+
+    name: str
+    method: Method | None
+    budget: Budget | None
+
+    @property
+    def params(self) -> dict[str, Any]:
+        return {} if self.method is None else dict(self.method.params)
+
+
+def configurations(names: Sequence[str | Method], budgets: Sequence[Budget]) -> list[Config]:
+    """Dense first, then every method at every budget it takes. Raises InputError for unknown names and bad budgets."""
+    for b in budgets:
+        check_budget(b)
+    out = [Config("dense", None, 1.0)]
+    for name in names:
+        if name == "dense":
+            continue
+        if isinstance(name, Method):
+            out.append(Config(" | ".join(m.name for m in name.parts), name, name.params.get("budget")))
+        elif "(" in name or "|" in name:
+            out.append(Config(name.replace(" ", ""), get_method(name), None))
+        elif "budget" not in methods().get(name, Method).__dataclass_fields__:
+            out.append(Config(name, get_method(name), None))
+        else:
+            out += [Config(name, get_method(name, budget=b), b) for b in budgets]
+    return out
+
+
+def compare(
+    model,
+    tokenizer,
+    methods: Sequence[str | Method] = METHODS,
+    tasks: Sequence[str | Task] = TASKS,
+    budgets: Sequence[Budget] = BUDGETS,
+    lengths: Sequence[int] = LENGTHS,
+    samples: int = 5,
+    seed: int = 0,
+    progress: Callable[[str, float], None] | None = None,
+    command: str = "",
+) -> Comparison:
+    """Run methods x budgets x tasks x lengths on a model and return all measurements.
+
+    samples: questions per task and length; the tasks ask several of one document. progress: called with a line and the share done. A
+    failing configuration is reported in its records and does not stop the rest; Ctrl-C returns what was measured, marked so.
+    Raises InputError before any work for unknown names, bad values and lengths the model does not have.
+    """
+    configs = configurations(methods, budgets)
+    chosen = [get_task(t) if isinstance(t, str) else t for t in tasks]
+    if not chosen or not lengths or samples < 1:
+        raise InputError("nothing to compare: give at least one task, one length and one sample")
+    _check_model(model)
+    run = _Run(model, tokenizer, configs, chosen, sorted(lengths), samples, seed, progress, command)
+    return run()
+
+
+def _check_model(model) -> None:
+    for name, weight in model.named_parameters():
+        if not bool(torch.isfinite(weight.sum())):
+            raise InputError(f"the weights of '{name}' hold NaN or infinite numbers: load the model anew from an intact file")
+
+
+class _Run:
+    """One comparison under way."""
+
+    def __init__(self, model, tokenizer, configs, tasks, lengths, samples, seed, progress, command):
+        self.model, self.tokenizer, self.configs, self.tasks = model, tokenizer, configs, tasks
+        self.lengths, self.samples, self.seed = lengths, samples, seed
+        self.progress = progress or (lambda line, share: None)
+        self.device = model.device
+        self.records: dict[tuple, Record] = {}
+        self.found: dict[tuple, list[tuple[Sample, float]]] = {}
+        self.interrupted = False
+        self.started = datetime.now(UTC)
+        positions = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+        self.cells = {
+            (task.name, length): task.samples(tokenizer, length, self._count(task), seed, positions=positions)
+            for length in lengths
+            for task in tasks
+            if task.kind == "generate" or length == lengths[-1]
+        }
+        self.meta = self._meta(command)
+
+    def __call__(self) -> Comparison:
+        start = time.perf_counter()
+        try:
+            with torch.no_grad():
+                self._all()
+        except KeyboardInterrupt:
+            self.interrupted = True
+        self.meta["elapsed_s"] = round(time.perf_counter() - start, 1)
+        self.meta["interrupted"] = self.interrupted
+        return Comparison(self.meta, [self._close(key, r) for key, r in self.records.items()])
+
+    def _meta(self, command: str) -> dict[str, Any]:
+        versions = {"foveal": __version__, "torch": torch.__version__, "transformers": transformers.__version__}
+        return {
+            "command": command or "foveal.compare.compare(...)",
+            "date": self.started.isoformat(timespec="seconds"),
+            "model": str(self.model.name_or_path),
+            "model_identity": model_identity(self.model),
+            "device": str(self.device),
+            "dtype": str(self.model.dtype).removeprefix("torch."),
+            "hardware": hardware(self.device),
+            "versions": versions | {"python": platform.python_version()},
+            "seed": self.seed,
+            "samples": self.samples,
+            "interrupted": False,
+            "notes": [
+                "Questions are asked after compression.",
+                "Bytes are of allocated cache tensors after the prompt was read, token ids and statistics included.",
+                "Prefill, decode, peak memory and perplexity are of one sequence alone at the longest length; on a shared machine compare ratios only.",
+                "For passkey and needle n counts questions (95 % Wilson interval), for perplexity predicted tokens (95 % bootstrap interval).",
+            ],
+        }
+
+    # ------------------------------------------------------------------ order of work
+
+    def _count(self, task: Task) -> int:
+        """Questions to ask, or texts to go on with: one text for every five questions."""
+        return self.samples if task.kind == "generate" else max(1, self.samples // 5)
+
+    def _all(self) -> None:
+        jobs = list(self._jobs())
+        weights = [w for w, _, _ in jobs]
+        done, total = 0.0, sum(weights)
+        for weight, line, job in jobs:
+            self.progress(line, done / total)
+            job()
+            done += weight
+        self.progress("done", 1.0)
+
+    def _jobs(self) -> Iterator[tuple[float, str, Callable[[], None]]]:
+        """(expected cost, what it is, the work), shortest texts first so that something is there early."""
+        for length in self.lengths:
+            asked = [(t, s) for t in self.tasks if t.kind == "generate" for s in self.cells[t.name, length]]
+            for chunk in _chunks(asked):
+                reading: dict[tuple, Recording] = {}
+                documents = list(dict.fromkeys(s.context for _, s in chunk))
+                for document in documents:
+                    yield length, f"read {len(document):,} tokens", lambda d=document, r=reading: self._read(d, r)
+                for c in self.configs:
+                    own = 0 if can_replay(c.method) else length * len(documents)
+                    line = f"{_title(c)}: {len(chunk)} questions at {length:,} tokens"
+                    yield own + 25 * len(chunk), line, lambda c=c, ch=chunk, r=reading: self._ask(c, ch, r)
+                yield 0, "", reading.clear
+        longest, scored = self.lengths[-1], [t for t in self.tasks if t.kind == "nll"]
+        texts = sum(len(self.cells[t.name, longest]) for t in scored) or 1
+        for c in self.configs:
+            line = f"{_title(c)}: speed, memory and next tokens at {longest:,} tokens"
+            yield texts * (longest + 1000), line, lambda c=c: self._predict(c, longest, scored)
+
+    def _read(self, document: tuple[int, ...], reading: dict) -> None:
+        ids = torch.tensor([document], device=self.device)
+        replayed = [c.method for c in self.configs if can_replay(c.method)]
+        reading[document] = record(self.model, ids, replayed)
+
+    # ------------------------------------------------------------------ questions
+
+    def _ask(self, c: Config, chunk: list[tuple[Task, Sample]], reading: dict[tuple, Recording]) -> None:
+        lengths = {(t.name, s.length) for t, s in chunk}
+        with self._guard(c, lengths):
+            with attach(self.model, c.method) as session:
+                stores, seen = [], {}
+                for task, sample in chunk:
+                    if sample.context not in seen:
+                        seen[sample.context] = self._store(session, sample.context, reading)
+                        self._bytes(c, task, sample, seen[sample.context])
+                    stores.append(seen[sample.context].fork())
+                most = max(t.max_new_tokens for t, _ in chunk)
+                answers = answer(self.model, Store.join(stores), [s.question for _, s in chunk], most, self._stops())
+                self._reads(c, lengths, session)
+            for (task, sample), ids in zip(chunk, answers, strict=True):
+                text = self.tokenizer.decode(ids[: task.max_new_tokens], skip_special_tokens=True)
+                self._note(c, task, sample, task.score(sample, text))
+
+    def _store(self, session: Session, context: tuple[int, ...], reading: dict[tuple, Recording]) -> Store:
+        if can_replay(session.method):
+            return reading[context].replay(session)[0]
+        return self.model(torch.tensor([context], device=self.device), logits_to_keep=1).past_key_values
+
+    def _stops(self) -> set[int]:
+        stops = self.model.generation_config.eos_token_id
+        return set(stops) if isinstance(stops, list) else {stops}
+
+    # ------------------------------------------------------------------ next tokens, speed and memory
+
+    def _predict(self, c: Config, length: int, tasks: list[Task]) -> None:
+        """Read and go on, one sequence alone: the score of "nll" tasks, and what reading and each step cost."""
+        cells = [(t, s) for t in tasks for s in self.cells[t.name, length]]
+        if not cells:  # no task predicts here: any text of this length tells the speed
+            t = self.tasks[0]
+            cells = [(t, self.cells[t.name, length][0])]
+        with self._guard(c, {(t.name, length) for t, _ in cells}):
+            reading, stepping, peaks = [], [], []
+            for task, sample in cells:
+                targets = sample.target if task.kind == "nll" else sample.question[1:]
+                with attach(self.model, c.method) as session, Memory(self.device) as memory:
+                    start = now(self.device)
+                    store = self.model(torch.tensor([sample.context], device=self.device), logits_to_keep=1).past_key_values
+                    reading.append(now(self.device) - start)
+                    if task.kind == "nll":
+                        self._bytes(c, task, sample, store)
+                    losses, times = follow(self.model, store, [sample.question[0], *targets], self.device)
+                    self._reads(c, {(task.name, length)} if tasks else set(), session)
+                peaks.append(memory.peak)
+                stepping += times[1:]
+                if task.kind == "nll":
+                    task.score(sample, losses)
+                    self.found.setdefault((c, task.name, length), []).extend((sample, x) for x in losses)
+            speed = {"prefill_s": _median(reading), "decode_tok_s": 1 / _median(stepping), "peak_bytes": max(peaks)}
+            for task in self.tasks:
+                r = self._record(c, task.name, length)
+                for name, value in speed.items():
+                    setattr(r, name, value)
+
+    # ------------------------------------------------------------------ keeping records
+
+    def _record(self, c: Config, task: str, length: int) -> Record:
+        key = (c, task, length)
+        if key not in self.records:
+            better = next(t.better for t in self.tasks if t.name == task)
+            self.records[key] = Record(c.name, c.params, task, length, c.budget, better=better)
+        return self.records[key]
+
+    def _bytes(self, c: Config, task: Task, sample: Sample, store: Store) -> None:
+        r = self._record(c, task.name, sample.length)
+        r.kv_bytes, r.kv_bytes_dense = store.nbytes, store.dense_nbytes
+
+    def _reads(self, c: Config, lengths: set[tuple[str, int]], session: Session) -> None:
+        share = session.read_share
+        for task, length in lengths:
+            self._record(c, task, length).kv_read_share = share
+
+    def _note(self, c: Config, task: Task, sample: Sample, score: float) -> None:
+        self._record(c, task.name, sample.length)
+        self.found.setdefault((c, task.name, sample.length), []).append((sample, score))
+
+    def _close(self, key: tuple, r: Record) -> Record:
+        """Turn the scores of single samples into a mean with its interval and, where depths are known, a grid."""
+        found = self.found.get(key, [])
+        if r.status == "error":
+            return r
+        if not found:
+            if r.status == "ok":
+                r.status, r.error = "skipped", "not reached before the run was stopped"
+            return r
+        scores = [s for _, s in found]
+        r.n, r.score = len(scores), math.fsum(scores) / len(scores)
+        if not math.isfinite(r.score):
+            r.status, r.error, r.score = "error", "the score is not a finite number", None
+            return r
+        binary = all(s in (0.0, 1.0) for s in scores) and r.better == "higher"
+        interval = wilson(math.fsum(scores), r.n) if binary else bootstrap(scores, self.seed)
+        if r.task == "perplexity":
+            r.score = math.exp(r.score)
+            interval = None if interval is None else tuple(map(math.exp, interval))
+        r.score_low, r.score_high = interval or (None, None)
+        for depth in sorted({s.depth for s, _ in found if s.depth is not None}):
+            here = [score for s, score in found if s.depth == depth]
+            r.grid.append({"depth": depth, "score": math.fsum(here) / len(here), "n": len(here)})
+        return r
+
+    @contextmanager
+    def _guard(self, c: Config, cells: set[tuple[str, int]]) -> Iterator[None]:
+        """A failure of one configuration becomes the status of its records."""
+        try:
+            yield
+        except Exception as error:
+            for task, length in cells:
+                r = self._record(c, task, length)
+                r.status, r.error = "error", _explain(error)
+
+
+def _explain(error: Exception) -> str:
+    if isinstance(error, torch.OutOfMemoryError | MemoryError) or "not enough memory" in str(error):
+        return "out of memory: use a smaller --lengths or a smaller model"
+    return str(error) if isinstance(error, FovealError) else f"{type(error).__name__}: {error}"
+
+
+# ---------------------------------------------------------------------- driving a model
+
+
+def answer(model, store: Store, questions: Sequence[Sequence[int]], most: int, stops: set[int]) -> list[list[int]]:
+    """Greedy answers of a batch whose contexts are in `store`: token ids, ended before a stop token."""
+    device, batch, width = model.device, len(questions), max(map(len, questions))
+    ids = torch.zeros(batch, width, dtype=torch.long, device=device)
+    mask = torch.zeros_like(ids)
+    for b, q in enumerate(questions):
+        ids[b, width - len(q) :] = torch.tensor(q, device=device)
+        mask[b, width - len(q) :] = 1
+    at = store.seen.to(device)[:, None]
+    positions = (at + mask.cumsum(-1) - 1).clamp(min=0)
+    got = model(ids, past_key_values=store, attention_mask=mask, position_ids=positions, logits_to_keep=1)
+    token, out, alive = got.logits[:, -1].argmax(-1), [], torch.ones(batch, dtype=torch.bool, device=device)
+    stop = torch.tensor(sorted(s for s in stops if s is not None), device=device)
+    for _ in range(most):
+        out.append(token)
+        alive &= ~torch.isin(token, stop)
+        if len(out) == most or not bool(alive.any()):
+            break
+        positions = store.seen.to(device)[:, None]
+        token = model(token[:, None], past_key_values=store, position_ids=positions).logits[:, -1].argmax(-1)
+    rows = torch.stack(out, 1).tolist()
+    return [_until(row, stops) for row in rows]
+
+
+def follow(model, store: Store, tokens: Sequence[int], device: torch.device) -> tuple[list[float], list[float]]:
+    """Feed tokens one by one; nats of each next token given those before, and the seconds of each step."""
+    losses, times = [], []
+    for token, target in zip(tokens, tokens[1:], strict=False):
+        start = now(device)
+        logits = model(torch.tensor([[token]], device=device), past_key_values=store).logits[0, -1]
+        times.append(now(device) - start)
+        losses.append(-logits.float().log_softmax(-1)[target].item())
+    return losses, times
+
+
+def _until(row: list[int], stops: set[int]) -> list[int]:
+    for i, token in enumerate(row):
+        if token in stops:
+            return row[:i]
+    return row
+
+
+def _chunks(asked: list[tuple[Task, Sample]]) -> Iterator[list[tuple[Task, Sample]]]:
+    """Questions in batches, those on one document together."""
+    chunk: list[tuple[Task, Sample]] = []
+    for i, (task, sample) in enumerate(asked):
+        fresh = i > 0 and asked[i - 1][1].context != sample.context
+        if chunk and fresh and len(chunk) >= TOGETHER:
+            yield chunk
+            chunk = []
+        chunk.append((task, sample))
+    if chunk:
+        yield chunk
+
+
+def _title(c: Config) -> str:
+    return c.name if c.budget is None or c.method is None else f"{c.name} at {c.budget:g}"
+
+
+def _median(x: list[float]) -> float:
+    x = sorted(x)
+    return x[len(x) // 2]
+
+
+__all__ = ["BUDGETS", "LENGTHS", "METHODS", "TASKS", "Comparison", "Record", "answer", "compare", "configurations", "follow"]

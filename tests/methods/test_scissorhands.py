@@ -1,0 +1,119 @@
+"""Scissorhands against a simulation on explicit attention weights."""
+
+import math
+
+import pytest
+import torch
+from models import tiny
+from reference import attend, causal, close, over_heads, watch, weights
+
+import foveal
+from foveal.methods.keep.scissorhands import Scissorhands
+
+N, PROMPT, HEADS, KV = 84, 60, 6, 2
+
+
+@pytest.fixture(scope="module")
+def model():
+    return tiny("llama", num_hidden_layers=2)
+
+
+@pytest.fixture(scope="module")
+def ids():
+    return torch.randint(1, 120, (2, N), generator=torch.Generator().manual_seed(6))
+
+
+def simulate(s, prompt, m):
+    """(visible [kv_heads, n, n], kept token ids after each call, counters [kv_heads, n]) by masking columns."""
+    n = s.q.shape[1]
+    visible = causal(n).expand(KV, -1, -1).clone()
+    low, gone, kept = torch.zeros(KV, n).double(), torch.zeros(KV, n, dtype=torch.bool), []
+    for last in range(prompt, n + 1):
+        rows = slice(0, prompt) if last == prompt else slice(last - 1, last)
+        visible[:, rows] &= ~gone[:, None]
+        looked_at = slice(max(0, prompt - m.window), prompt) if last == prompt else rows
+        seen = over_heads(visible, HEADS)
+        w = weights(s, seen)[:, looked_at]
+        t = seen[:, looked_at].sum(-1, keepdim=True)
+        below = (w < (1 - 1e-6) / t) & seen[:, looked_at]
+        low += below.sum(1).double().unflatten(0, (KV, -1)).mean(1)
+        size = m.budget if isinstance(m.budget, int) else math.ceil(m.budget * last - 1e-9)
+        for g in range(KV):
+            held = [t for t in range(last) if not gone[g, t]]
+            if len(held) <= size:
+                continue
+            left = max(min(size, len(held) - max(1, int(m.drop * size))), m.recent)
+            older = [t for t in held if t < last - m.recent]
+            for t in sorted(older, key=lambda t: (-low[g, t].item(), t))[: len(held) - left]:
+                gone[g, t] = True
+        kept.append([[t for t in range(last) if not gone[g, t]] for g in range(KV)])
+    return visible, kept, low
+
+
+@pytest.mark.parametrize(
+    ("method", "pads"),
+    [
+        (Scissorhands(20, window=30, recent=5), None),
+        (Scissorhands(20, window=400, recent=1, drop=0.1), (0, 9)),
+        (Scissorhands(0.4, window=30, recent=8, drop=0.25), (0, 9)),
+        (Scissorhands(0.3, window=7, recent=3), None),
+        (Scissorhands(12, recent=12), None),
+    ],
+)
+def test_dropping_is_masking(method, pads, model, ids):
+    seen = watch(model, method, ids, (PROMPT,), pads)
+    for b, layer, s in seen.each():
+        visible, kept, low = simulate(s, s.q.shape[1] - (N - PROMPT), method)
+        assert [call[layer][b] for call in seen.kept] == kept
+        assert close(s.out, attend(s, visible))
+        token, plane = seen.planes["token"][layer][b], seen.planes["low"][layer][b]
+        for g, held in enumerate(kept[-1]):
+            assert close(plane[g, token[g].argsort()[: len(held)]], low[g, held], 1e-4)
+
+
+@pytest.mark.parametrize("drop", [0.0, 0.5, 0.9])
+def test_never_more_than_the_budget_and_always_the_newest(drop, model, ids):
+    method = Scissorhands(20, recent=6, drop=drop)
+    seen = watch(model, method, ids, (PROMPT,))
+    sizes = set()
+    for call, layers in enumerate(seen.kept):
+        newest = set(range(PROMPT + call - 6, PROMPT + call))
+        for row in (row for batch in layers for heads in batch for row in heads):
+            assert len(row) <= 20 and newest <= set(row)
+            sizes.add(len(row))
+    # the cache moves between what a compression leaves and the budget
+    assert (min(sizes), max(sizes)) == (max(6, 20 - max(1, int(drop * 20)) + 1), 20)
+
+
+def test_one_key_below_uniform_leaves_where_the_history_is_one_query(model, ids):
+    seen = watch(model, Scissorhands(PROMPT - 1, window=1, recent=1, drop=0.0), ids[:, :PROMPT], (PROMPT,))
+    for b, layer, s in seen.each():
+        w = weights(s, causal(PROMPT)[None])[:, -1].unflatten(0, (KV, -1))
+        for g, held in enumerate(seen.kept[0][layer][b]):
+            (gone,) = set(range(PROMPT)) - set(held)
+            often = (w[g, :, :-1] < 1 / PROMPT).sum(0)
+            assert often[gone] == often.max() > 0
+            assert gone == int(often.argmax())  # of equals, the oldest
+
+
+def test_while_it_fits_it_is_dense(model, ids):
+    seen = watch(model, Scissorhands(N), ids, (25, 35))
+    for _, _, s in seen.each():
+        assert close(s.out, attend(s, causal(N)[None]))
+    assert (seen.cache.lengths == N).all()
+
+
+def test_nothing_leaves_before_the_prompt_is_read(model, ids):
+    method = Scissorhands(20, recent=5)
+    seen = watch(model, method, ids, (25, 35))
+    assert all(len(row) == 25 for batch in seen.kept[0] for heads in batch for row in heads)
+    whole = watch(model, method, ids, (PROMPT,))
+    assert seen.kept[1:] == whole.kept
+
+
+@pytest.mark.parametrize(
+    ("wrong", "message"), [({"drop": 1}, "drop = 1 "), ({"window": 0}, "window = 0: .*at least 1"), ({"recent": 0}, "recent = 0")]
+)
+def test_bad_values(wrong, message):
+    with pytest.raises(foveal.InputError, match=message):
+        Scissorhands(**wrong)
