@@ -104,7 +104,11 @@ def main() -> None:
         "steps": args.steps,
         "cpu": platform.processor() or platform.machine(),
         "threads": torch.get_num_threads(),
-        "versions": {"foveal": foveal.__version__, "torch": torch.__version__, "transformers": transformers.__version__},
+        "versions": {
+            "foveal": foveal.__version__,
+            "torch": torch.__version__,
+            "transformers": transformers.__version__,
+        },
     }
     out = Path(args.out) / f"cpu-decode-{today}.json"
     out.parent.mkdir(parents=True, exist_ok=True)

@@ -106,8 +106,8 @@ def use(cls):
         "    out = model.generate(**inputs)",
         "```",
     ]
-    if "budget" in cls.__dataclass_fields__:
-        lines += ["", "```sh", f"foveal compare --methods {cls.name}", "```"]
+    named = cls.name if "budget" in cls.__dataclass_fields__ else f'"{example}"'
+    lines += ["", "```sh", f"foveal compare --methods {named}", "```"]
     return "\n".join(lines)
 
 

@@ -2,8 +2,8 @@
 
 __version__ = "0.1.0"
 
-# `attach`, `method` and `methods` are files as well as functions: the files are imported first, so that the names below stay bound
-from . import methods as _package
+# `methods` is a folder as well as a function: imported first, so that the name below stays the function
+from . import methods as _methods  # noqa: F401
 from .attach import Session, attach, detach
 from .cache import Store
 from .edits import Bias, Keep, Plane, Reweigh

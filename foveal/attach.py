@@ -9,17 +9,17 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
 from transformers.cache_utils import Cache, DynamicCache, DynamicLayer
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, causal_mask_function
 
-from .attention import Part, foveal_attention
+from .attention import foveal_attention
 from .cache import ACTIVE, Store
 from .edits import Plane
 from .errors import FovealError, InputError, UnsupportedModel
 from .method import Method, iterate
+from .parts import Part
 from .rope import Rope
 from .step import Pass
 
@@ -72,9 +72,13 @@ def _refuse_model(model: PreTrainedModel, config) -> None:
             "use a model with ordinary or grouped key-value heads"
         )
     if getattr(config, "num_kv_shared_layers", 0):
-        raise UnsupportedModel(f"{name} shares keys and values between layers, which cannot be attached: use a model without")
+        raise UnsupportedModel(
+            f"{name} shares keys and values between layers, which cannot be attached: use a model without"
+        )
     if not getattr(model, "_supports_attention_backend", False):
-        raise UnsupportedModel(f"{name} does not route attention through transformers' attention interface, so it cannot be attached")
+        raise UnsupportedModel(
+            f"{name} does not route attention through transformers' attention interface, so it cannot be attached"
+        )
     if not getattr(config, "is_causal", True):
         raise UnsupportedModel(f"{name} attends in both directions: only causal models keep a cache")
 
@@ -191,7 +195,9 @@ class Session:
     def _cache(self, given: Cache | None) -> Store:
         if isinstance(given, Store):
             if given.owner != self.signature:
-                raise InputError("this cache was filled by another method or model: start with an empty cache after attaching")
+                raise InputError(
+                    "this cache was filled by another method or model: start with an empty cache after attaching"
+                )
             return given
         if given is not None and given.get_seq_length() > 0:
             raise InputError("past_key_values holds tokens that this session did not read: start with an empty cache")
@@ -211,10 +217,14 @@ class Session:
     def _pass(self, store: Store, kwargs: dict, batch: int, length: int) -> Pass:
         counts = store.counts or [0] * batch
         if len(counts) != batch:
-            raise InputError(f"the cache holds {len(counts)} sequences but the input has {batch}: use one cache for each batch")
+            raise InputError(
+                f"the cache holds {len(counts)} sequences but the input has {batch}: use one cache for each batch"
+            )
         mask = kwargs.get("attention_mask")
         if mask is not None and mask.ndim != 2:
-            raise InputError(f"expected a 2-D attention mask [batch, columns], got {mask.ndim} dimensions: custom masks cannot be attached")
+            raise InputError(
+                f"expected a 2-D attention mask [batch, columns], got {mask.ndim} dimensions: custom masks cannot be attached"
+            )
         fresh = not any(counts)
         self._check_positions(kwargs.get("position_ids"), mask, length, fresh)
         decode = length == 1 and not fresh
@@ -244,7 +254,9 @@ class Session:
         if position_ids is None or mask is not None or length == 1 or not fresh or position_ids.ndim != 2:
             return
         if bool((position_ids[:, 1:] != position_ids[:, :-1] + 1).any()):
-            raise InputError("position_ids restart inside a row: packed sequences cannot be attached, give them as a padded batch")
+            raise InputError(
+                "position_ids restart inside a row: packed sequences cannot be attached, give them as a padded batch"
+            )
 
     # ------------------------------------------------------------------ for callers
 
@@ -303,5 +315,7 @@ def _mask(*, mask_function=causal_mask_function, config=None, local_size: int | 
         own = ALL_MASK_ATTENTION_FUNCTIONS[pass_.session.original]
         return own(mask_function=mask_function, config=config, local_size=local_size, **kwargs)
     if mask_function is not causal_mask_function:
-        raise UnsupportedModel("the model asks for a mask that is not plain causal here: it cannot be attached for this input")
+        raise UnsupportedModel(
+            "the model asks for a mask that is not plain causal here: it cannot be attached for this input"
+        )
     return None

@@ -23,17 +23,25 @@ app = typer.Typer(
 )
 console, errors = Console(), Console(stderr=True)
 
-Model = Annotated[str | None, typer.Argument(help="Hugging Face id or local folder; default: SmolLM2-135M-Instruct, fetched once.")]
+Model = Annotated[
+    str | None, typer.Argument(help="Hugging Face id or local folder; default: SmolLM2-135M-Instruct, fetched once.")
+]
 Device = Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1, ...; default: cuda where there is one.")]
-Dtype = Annotated[str | None, typer.Option(help="float32, bfloat16 or float16; default: float32 on a CPU, bfloat16 elsewhere.")]
+Dtype = Annotated[
+    str | None, typer.Option(help="float32, bfloat16 or float16; default: float32 on a CPU, bfloat16 elsewhere.")
+]
 
 
 @app.command()
 def compare(
     model: Model = None,
-    methods: Annotated[str | None, typer.Option(help='Comma-separated names, or compositions like "quest|h2o(budget=0.5)".')] = None,
+    methods: Annotated[
+        str | None, typer.Option(help='Comma-separated names, or compositions like "quest|h2o(budget=0.5)".')
+    ] = None,
     tasks: Annotated[str | None, typer.Option(help="Comma-separated: passkey, needle, perplexity.")] = None,
-    budgets: Annotated[str | None, typer.Option(help="Comma-separated shares of the tokens seen (0.25) or token counts (512).")] = None,
+    budgets: Annotated[
+        str | None, typer.Option(help="Comma-separated shares of the tokens seen (0.25) or token counts (512).")
+    ] = None,
     lengths: Annotated[str | None, typer.Option(help="Comma-separated text lengths in tokens.")] = None,
     samples: Annotated[int | None, typer.Option(help="Questions per task and length.")] = None,
     seed: Annotated[int, typer.Option(help="Which texts and needles.")] = 0,
@@ -41,7 +49,10 @@ def compare(
     dtype: Dtype = None,
     out: Annotated[Path, typer.Option(help="Folder for results.json and report.html.")] = Path("foveal-results"),
     json_path: Annotated[Path | None, typer.Option("--json", help="Write results.json here instead.")] = None,
-    quick: Annotated[bool, typer.Option("--quick", help="One short length and two budgets: a check that all works, in a minute or two.")] = False,
+    quick: Annotated[
+        bool,
+        typer.Option("--quick", help="One short length and two budgets: a check that all works, in a minute or two."),
+    ] = False,
 ) -> None:
     """Which method, at which budget, costs what on this model: scores, resident bytes, memory and speed in one run."""
     from .compare.report import headline, write_report
@@ -94,7 +105,9 @@ def generate(
     method: Annotated[str, typer.Option(help='A name, or a composition like "quest|h2o(budget=0.5)".')] = "dense",
     budget: Annotated[str | None, typer.Option(help="Share of the tokens seen (0.25) or token count (512).")] = None,
     tokens: Annotated[int, typer.Option(help="Most tokens to generate.")] = 128,
-    plain: Annotated[bool, typer.Option("--plain", help="Give the prompt as it is, without the chat template.")] = False,
+    plain: Annotated[
+        bool, typer.Option("--plain", help="Give the prompt as it is, without the chat template.")
+    ] = False,
     device: Device = None,
     dtype: Dtype = None,
 ) -> None:
@@ -115,7 +128,9 @@ def generate(
     from transformers import TextStreamer
 
     if tokenizer.chat_template and not plain:
-        text = tokenizer.apply_chat_template([{"role": "user", "content": text}], tokenize=False, add_generation_prompt=True)
+        text = tokenizer.apply_chat_template(
+            [{"role": "user", "content": text}], tokenize=False, add_generation_prompt=True
+        )
         ids = encode(tokenizer, text)
     else:
         ids = encode(tokenizer, text, special=True)
@@ -130,13 +145,16 @@ def generate(
         store = session.store
     share = store.nbytes / max(1, store.dense_nbytes)
     errors.print(
-        f"[dim]{int(store.seen[0]):,} tokens seen, cache {store.nbytes / 2**20:.1f} MiB, {share:.0%} of dense[/]", highlight=False
+        f"[dim]{int(store.seen[0]):,} tokens seen, cache {store.nbytes / 2**20:.1f} MiB, {share:.0%} of dense[/]",
+        highlight=False,
     )
 
 
 @app.command("methods")
 def list_methods(
-    as_json: Annotated[bool, typer.Option("--json", help="Machine-readable: name, questions, parameters, paper, claim.")] = False,
+    as_json: Annotated[
+        bool, typer.Option("--json", help="Machine-readable: name, questions, parameters, paper, claim.")
+    ] = False,
 ) -> None:
     """All methods with the questions they answer, their parameters and their papers."""
     from .method import methods
@@ -189,7 +207,9 @@ def heads(
     if roles is None:
         with _progress() as progress:
             bar = progress.add_task("measuring heads", total=1.0)
-            roles = measure(network, tokenizer, progress=lambda line, share: progress.update(bar, description=line, completed=share))
+            roles = measure(
+                network, tokenizer, progress=lambda line, share: progress.update(bar, description=line, completed=share)
+            )
         out = out or roles_path(network)
     console.print(heat_map(roles, score))
     if out is not None:
@@ -206,7 +226,14 @@ def _load(model: str | None, device: str | None, dtype: str | None):
 
 
 def _progress() -> Progress:
-    columns = (SpinnerColumn(), TextColumn("{task.description}", markup=False), BarColumn(), TimeElapsedColumn(), TextColumn("left"), TimeRemainingColumn())
+    columns = (
+        SpinnerColumn(),
+        TextColumn("{task.description}", markup=False),
+        BarColumn(),
+        TimeElapsedColumn(),
+        TextColumn("left"),
+        TimeRemainingColumn(),
+    )
     return Progress(*columns, console=errors, transient=False)
 
 

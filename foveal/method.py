@@ -121,7 +121,9 @@ class Chain(Method):
             raise CompositionError(f"two methods replace the attention itself in {' | '.join(names)}: keep one of them")
         if sum(bool(getattr(m, "renumber", False)) for m in self.members) > 1:
             raise CompositionError(f"two methods renumber positions in {' | '.join(names)}: keep one of them")
-        if any("attend" in m.asks for m in self.members) and any({"weigh", "reweigh"} & set(m.asks) for m in self.members):
+        if any("attend" in m.asks for m in self.members) and any(
+            {"weigh", "reweigh"} & set(m.asks) for m in self.members
+        ):
             raise CompositionError(f"a method in {' | '.join(names)} replaces the softmax, so no other can weigh it")
         keepers = [m for m in self.members if "keep" in m.asks]
         if any(need.startswith("col_") for m in keepers[1:] for need in m.needs):

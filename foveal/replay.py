@@ -15,10 +15,10 @@ import torch
 from torch import Tensor
 
 from .attach import Session, attach
-from .attention import let_go
 from .errors import InputError
 from .method import Method, iterate
 from .ops.ragged import Logit
+from .parts import let_go
 from .step import Pass, Step
 
 if TYPE_CHECKING:
@@ -69,7 +69,9 @@ class Recording:
         """
         parts = list(iterate(session.method))
         if not can_replay(session.method):
-            raise InputError(f"{[m.name for m in parts]} reads differently from the dense model, so a dense reading cannot stand for it")
+            raise InputError(
+                f"{[m.name for m in parts]} reads differently from the dense model, so a dense reading cannot stand for it"
+            )
         start = time.perf_counter()
         store = session.new_store()
         length = self.ids.shape[1]

@@ -7,7 +7,7 @@ zeros or keys that left, so always finite numbers, because attention multiplies 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence, Set
+from collections.abc import Callable, Iterator, Mapping, Sequence, Set
 from typing import NamedTuple
 
 import torch
@@ -22,6 +22,11 @@ GRAIN = 16  # capacities are multiples of it
 
 def round_up(n: int, multiple: int) -> int:
     return -(-n // multiple) * multiple
+
+
+def length_class(n: int) -> int:
+    """Rows share a block when they are within half an octave of length: little memory is wasted and blocks stay few."""
+    return round(2 * math.log2(max(n, 1)))
 
 
 class Rows:
@@ -251,12 +256,12 @@ class _Place(NamedTuple):
     length: int
 
 
-def pack(pieces: Sequence[Piece], heads: int) -> list[Rows]:
-    """New classes out of pieces that make up the whole store: rows within half an octave of length share a block."""
+def pack(pieces: Sequence[Piece], heads: int, length_class: Callable[[int], int]) -> list[Rows]:
+    """New classes out of pieces that make up the whole store: rows of equal `length_class(length)` share a block."""
     classes: dict[int, list[_Place]] = {}
     for p, piece in enumerate(pieces):
         for position, (number, n) in enumerate(zip(piece.numbers, piece.lengths, strict=True)):
-            classes.setdefault(round(2 * math.log2(max(n, 1))), []).append(_Place(number, p, position, n))
+            classes.setdefault(length_class(n), []).append(_Place(number, p, position, n))
     total = sum(len(places) for places in classes.values())
     return [_pack_class(pieces, sorted(places), total, heads) for places in classes.values()]
 

@@ -95,9 +95,9 @@ class Tokens(Selection):
     size: int = 1
 
     def expanded(self, limit: Tensor | int) -> Tensor:
-        """One slot a key; runs are cut where the row's past ends."""
+        """One slot a key; what is not of the row's past is cut: the step's own keys are visible anyway, and only once."""
         if self.size == 1:
-            return self.slots
+            return self.slots.where(self.slots < limit, -1)
         runs = self.slots[..., None] + torch.arange(self.size, device=self.slots.device)
         runs = runs.where((self.slots[..., None] >= 0) & (runs < limit), -1)
         return runs.flatten(-2)

@@ -35,7 +35,14 @@ class Pass:
     """
 
     def __init__(
-        self, session: Session, store: Store, counts: Sequence[int], length: int, decode: bool, done: bool, ids: Tensor | None
+        self,
+        session: Session,
+        store: Store,
+        counts: Sequence[int],
+        length: int,
+        decode: bool,
+        done: bool,
+        ids: Tensor | None,
     ):
         self.session, self.store, self.counts, self.length = session, store, list(counts), length
         self.decode, self.prompt_done, self.ids = decode, done, ids
@@ -84,7 +91,9 @@ class Step:
         self.decode, self.prompt_done, self.state = pass_.decode, pass_.prompt_done, pass_.state
         self.stats: dict[str, Tensor] = {}
         self.named_stats: dict[str, Tensor] = {}  # the same by the full name of the need, "col_low:400"
-        self.seconds: dict[str, float] = {}  # what each cost; measured on a CPU, where work is done when the call returns
+        self.seconds: dict[
+            str, float
+        ] = {}  # what each cost; measured on a CPU, where work is done when the call returns
         self.scratch: dict[str, Any] = {}
         self.visible: Selection = All()
         self.bias: Bias | None = None
@@ -144,7 +153,9 @@ class Step:
     def budget(self, budget: Budget, ahead: int = 0) -> int | Tensor:
         """How many keys a budget allows now, or `ahead` tokens later: a number, or [batch, 1] when sequences differ."""
         allowed = self._budgets(budget, ahead)
-        return allowed[0] if len(set(allowed)) == 1 else torch.tensor(allowed).to(self.device, non_blocking=True)[:, None]
+        return (
+            allowed[0] if len(set(allowed)) == 1 else torch.tensor(allowed).to(self.device, non_blocking=True)[:, None]
+        )
 
     def most(self, budget: Budget) -> int:
         """The largest number of keys a budget allows any sequence of the batch: what fixes shapes."""
@@ -191,7 +202,9 @@ class Step:
             return ~self.store.valid[:, :, None] if ragged_rows else None
         seen = selection.mask(self, 0, self.L)
         if ragged_rows:
-            seen = seen & self.per_head_like(self.store.valid, seen.shape[1] if seen.shape[1] > 1 else self.G)[:, :, None]
+            seen = (
+                seen & self.per_head_like(self.store.valid, seen.shape[1] if seen.shape[1] > 1 else self.G)[:, :, None]
+            )
         return ~seen
 
     def row_keys(self, c: Rows) -> Tensor:

@@ -9,6 +9,7 @@ valid until the next `apply`.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping, Sequence
 
 import torch
@@ -19,6 +20,11 @@ from .errors import InputError
 from .rows import FAR, FIXED, Piece, Rows, pack, round_up
 
 __all__ = ["FAR", "FIXED", "LayerStore", "Rows", "round_up"]
+
+
+def length_class(n: int) -> int:
+    """Rows of one class share a block: half-octaves of length, so padding stays below a third."""
+    return round(2 * math.log2(max(n, 1)))
 
 
 class LayerStore:
@@ -241,7 +247,7 @@ class LayerStore:
             order = (~mask).byte().argsort(dim=-1, stable=True) if order is None else order
             pieces.append(Piece(c, numbers, lengths, c.pick(order)))
         if order is not None:
-            self.classes = pack(pieces, self.heads)
+            self.classes = pack(pieces, self.heads, length_class)
 
     def _absorb(self, keep: Keep) -> None:
         """Fold what leaves into the slot `into` of the same row, as a mean weighted by mass."""
@@ -306,7 +312,7 @@ class LayerStore:
         for p in parts:
             pieces += [Piece(c, [offset + n for n in c.numbers()], c.lengths()) for c in p.classes]
             offset += p.batch * p.heads
-        self.classes = parts[0].classes if len(parts) == 1 else pack(pieces, self.heads)
+        self.classes = parts[0].classes if len(parts) == 1 else pack(pieces, self.heads, length_class)
 
     def forget_after(self, counts: Sequence[int]) -> None:
         """Remove every key whose token id is not below its sequence's count."""

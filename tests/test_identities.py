@@ -9,7 +9,7 @@ import torch
 from models import tiny
 
 import foveal
-from foveal import store as store_module
+from foveal import rows as rows_module
 from foveal.heads import HeadRoles
 from foveal.hub import model_identity
 
@@ -60,7 +60,7 @@ def run(model, method, ids, chunks=(PROMPT,), mask=None):
             else:
                 cache = forward(model, piece, cache, None if mask is None else mask[:, : at + n])
             at += n
-        for t in range(STEPS):
+        for _ in range(STEPS):
             extra = None if mask is None else mask[:, : at + 1]
             result = model(ids[:, at : at + 1], past_key_values=cache, attention_mask=extra, position_ids=positions(extra, 1))
             out.append(result.logits[:, -1])
@@ -146,7 +146,7 @@ def test_padded_is_solo(name, model, texts, roles, noise):
 def test_layouts_agree(name, layout, model, texts, roles, noise, monkeypatch):
     method = build(name, "example", roles)
     expected, _ = run(model, method, texts)
-    monkeypatch.setattr(store_module, "length_class", (lambda n: 0) if layout == "padded" else (lambda n: n))
+    monkeypatch.setattr(rows_module, "length_class", (lambda n: 0) if layout == "padded" else (lambda n: n))
     assert close(run(model, method, texts)[0], expected, noise)
 
 

@@ -24,15 +24,22 @@ class Logit(NamedTuple):
 
 
 class Attended(NamedTuple):
-    """out [rows, group, head_dim], lse [rows, group] and weights [rows, group, keys]."""
+    """out [rows, group, head_dim], weights [rows, group, keys], and lse [rows, group] where it was asked for."""
 
     out: Tensor
-    lse: Tensor
     weights: Tensor
+    lse: Tensor | None
 
 
 def attend_ragged(
-    q: Tensor, key: Tensor, value: Tensor, logit: Logit, *, extra: Tensor | None = None, hidden: Tensor | None = None
+    q: Tensor,
+    key: Tensor,
+    value: Tensor,
+    logit: Logit,
+    *,
+    extra: Tensor | None = None,
+    hidden: Tensor | None = None,
+    need_lse: bool = False,
 ) -> Attended:
     """Packed rows of decode attention.
 
@@ -41,10 +48,15 @@ def attend_ragged(
     logit.sinks: [rows, group] here.  Rows that see nothing give zero and a log-sum-exp of -inf. Softmax in float32 or wider.
     """
     z = logits(q, key, logit, extra=extra, hidden=hidden)
-    lse = z.logsumexp(-1) if logit.sinks is None else torch.logaddexp(z.logsumexp(-1), logit.sinks.to(z.dtype))
-    shift = lse if hidden is None else lse.masked_fill(lse == -math.inf, 0.0)
-    weights = (z - shift[..., None]).exp_()
-    return Attended(torch.bmm(weights.to(value.dtype), value), lse, weights)
+    if hidden is None and logit.sinks is None and not need_lse:
+        weights, lse = torch.softmax(z, -1), None
+    else:
+        lse = z.logsumexp(-1)
+        if logit.sinks is not None:
+            lse = torch.logaddexp(lse, logit.sinks.to(z.dtype))
+        # a row that sees nothing has a log-sum-exp of -inf, and -inf - -inf would be NaN
+        weights = (z - lse.clamp(min=torch.finfo(z.dtype).min)[..., None]).exp_()
+    return Attended(torch.bmm(weights.to(value.dtype), value), weights, lse)
 
 
 def attend_rows(q: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
@@ -55,7 +67,9 @@ def attend_rows(q: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
     return torch.bmm(torch.softmax(z, -1, dtype=wide(z.dtype)).to(value.dtype), value)
 
 
-def logits(q: Tensor, key: Tensor, logit: Logit, *, extra: Tensor | None = None, hidden: Tensor | None = None) -> Tensor:
+def logits(
+    q: Tensor, key: Tensor, logit: Logit, *, extra: Tensor | None = None, hidden: Tensor | None = None
+) -> Tensor:
     """Scaled logits [rows, group, keys] in float32 or wider, with everything that counts: soft-cap, then `extra`, then `hidden`."""
     z = torch.bmm(q * logit.scale, key.mT)
     z = z.to(wide(z.dtype))

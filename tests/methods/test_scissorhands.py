@@ -36,7 +36,7 @@ def simulate(s, prompt, m):
         w = weights(s, seen)[:, looked_at]
         t = seen[:, looked_at].sum(-1, keepdim=True)
         below = (w < (1 - 1e-6) / t) & seen[:, looked_at]
-        low += below.sum(1).double().unflatten(0, (KV, -1)).mean(1)
+        low += below.sum(1).double().unflatten(0, (KV, -1)).sum(1)
         size = m.budget if isinstance(m.budget, int) else math.ceil(m.budget * last - 1e-9)
         for g in range(KV):
             held = [t for t in range(last) if not gone[g, t]]

@@ -114,16 +114,16 @@ def test_positions_with_few_sinks(sink, model, ids):
 def test_text_may_outgrow_the_positions_only_inside_the_cache():
     short = tiny("llama", num_hidden_layers=1, max_position_embeddings=48)
     text = torch.randint(1, 120, (1, 130), generator=torch.Generator().manual_seed(4))
-    chunks = (30, 30, 30, 30)
+    chunks = (24, 24, 24, 24, 24)
     seen = watch(short, StreamingLLM(24, positions="cache"), text, chunks)
     (s,) = seen.seqs[0]
     assert close(s.out, in_slots(s, [*chunks, *[1] * 10], 24), 1e-4)
     for method in (StreamingLLM(24), None):
-        with pytest.raises(foveal.InputError, match="60 tokens long but the model has 48 positions"):
+        with pytest.raises(foveal.InputError, match="72 tokens long but the model has 48 positions"):
             watch(short, method, text, chunks)
     with pytest.raises(foveal.InputError, match="0 keys in the cache and 60 new tokens .* 48 positions"):
         watch(short, StreamingLLM(24, positions="cache"), text, (60, 60))
-    with pytest.raises(foveal.InputError, match="30 keys in the cache and 30 new tokens .* smaller budget"):
+    with pytest.raises(foveal.InputError, match="48 keys in the cache and 24 new tokens .* smaller budget"):
         watch(short, StreamingLLM(50, positions="cache"), text, chunks)
 
 

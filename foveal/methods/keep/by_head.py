@@ -32,7 +32,9 @@ def check_share(name: str, budget: Budget | None) -> None:
         return
     check_budget(budget)
     if isinstance(budget, int):
-        raise InputError(f"budget = {budget}: '{name}' keeps some heads whole, so its budget is a share of the tokens seen, not a count")
+        raise InputError(
+            f"budget = {budget}: '{name}' keeps some heads whole, so its budget is a share of the tokens seen, not a count"
+        )
 
 
 def split(budget: float, most: float) -> tuple[float, float]:

@@ -2,6 +2,8 @@
 
 from dataclasses import dataclass
 
+import torch
+
 from ...edits import Keep
 from ...heads import roles_for
 from ...method import Method, check_range, method
@@ -18,7 +20,7 @@ from .by_head import HeadPlan, check_share, evict_oldest, outside, split
 class Duo(Method):
     """The share `whole` of the KV heads with the highest score keeps every key; the others keep `sink` + `recent` (deployed: 64 + 256).
 
-    budget: a share of the cache instead; half of it goes to whole heads (at most `whole` of them), the rest to windows that grow with the text.
+    budget: a share of the cache instead; half of it goes to whole heads (at most `whole` of them), the rest to windows that grow with the text, of which at most 4 keys are sinks.
     roles: a head-role file (default: the one of this model); score: which score ranks the heads. Streaming heads are windowed in prefill
     too, and a query sees exactly sink + recent keys, itself included, in prefill and in decode. Original positions.
     """
@@ -42,12 +44,14 @@ class Duo(Method):
         return HeadPlan.of(roles.top_share(self.score, share, model.kv_heads))
 
     def _size(self, step, ahead: int):
-        """Keys a streaming head's query may see, itself included; sinks never take more than a quarter of them."""
+        """Keys a streaming head's query may see, itself included: at least the sinks, the newest key and its own."""
         if self.budget is None:
             return self.sink + self.recent
-        return step.budget(split(self.budget, self.whole)[1], ahead)
+        size, least = step.budget(split(self.budget, self.whole)[1], ahead), self._sinks + 2
+        return size.clamp(min=least) if isinstance(size, torch.Tensor) else max(size, least)
 
-    def _sink(self, step) -> int:
+    @property
+    def _sinks(self) -> int:
         return self.sink if self.budget is None else min(self.sink, 4)
 
     def select(self, step) -> Selection:
@@ -55,18 +59,18 @@ class Duo(Method):
         size = self._size(step, ahead=0)
         if step.decode or not others or size >= step.T:
             return super().select(step)
-        sink, group = self._sink(step), step.group_size
-        recent = [max(1, size - sink) if h // group in others else FOREVER for h in range(step.H)]
+        sink, group = self._sinks, step.group_size
+        recent = [size - sink if h // group in others else FOREVER for h in range(step.H)]
         return Band(sink, recent)
 
     def keep(self, step) -> Keep | None:
         others = step.plan.others[step.layer]
         if not others:
             return None
-        sink, size = self._sink(step), self._size(step, ahead=1)
+        sink, size = self._sinks, self._size(step, ahead=1)
         if step.decode:
             return evict_oldest(step, others, sink, size - 1)
-        if step.T < size:
+        if size > step.T:
             return None
         token, last = step.token, step.q_token[:, -1, None, None]
-        return Keep(mask=outside(step, others, (token >= sink) & (last - token >= max(2, size - sink) - 1)))
+        return Keep(mask=outside(step, others, (token >= sink) & (last - token >= size - sink - 1)))

@@ -35,7 +35,7 @@ class H2O(Method):
         if not step.prompt_done:
             return None
         size = step.budget(self.budget)
-        if isinstance(size, int) and step.T <= size:
+        if isinstance(size, int) and size >= step.T:
             return None
         total = step.store.plane("h2o")
         newest = size * self.recent

@@ -7,7 +7,7 @@ import torch
 from ...edits import Keep, Plane
 from ...heads import HeadRoles, roles_for
 from ...method import Method, check_range, method
-from .by_head import HeadPlan, check_share, evict_oldest, outside, split
+from .by_head import HeadPlan, check_share, outside, split
 
 
 @method(
@@ -82,7 +82,7 @@ class Razor(Method):
             first = token.gather(2, seed[..., None])
             slot = token.masked_fill(token <= first, torch.iinfo(token.dtype).max).argmin(-1)
             return step.evict_one(slot, held, heads=others, into=seed)
-        if isinstance(held, int) and store.T <= held:
+        if isinstance(held, int) and held >= store.T:
             return None
         seed = step.oldest(after=self.sink)
         first = token.gather(2, seed[..., None])

@@ -20,7 +20,7 @@ class Scissorhands(Method):
     with the highest counts: `drop` of the budget at once, or more where a prompt needs it. The newest `recent` always stay.
 
     The history is the last `window` queries of a prompt and every query since, kept as running counters (the card's cheap variant);
-    counts are averaged over the query heads of a KV head. Between compressions the cache moves between budget - drop and budget.
+    counts are summed over the query heads of a KV head. Between compressions the cache moves between budget - drop and budget.
     """
 
     budget: Budget = 0.2
@@ -44,7 +44,7 @@ class Scissorhands(Method):
         return frozenset({f"col_low:{self.window}"})
 
     def keep(self, step) -> Keep | None:
-        step.store.add("low", step.group(step.stats["col_low"], "mean"))
+        step.store.add("low", step.group(step.stats["col_low"], "sum"))  # whole numbers: ties stay ties
         if not step.prompt_done:
             return None
         size = step.budget(self.budget)

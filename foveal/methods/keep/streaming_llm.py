@@ -78,6 +78,6 @@ class StreamingLLM(Method):
             return step.evict_one(step.oldest(after=self.sink), held, renumber=moved)
         recent = max(2, size - self.sink) - 1
         token, last = step.token, step.q_token[:, -1, None, None]
-        if step.store.T <= self.sink + recent:
+        if self.sink + recent >= step.store.T:
             return None
         return Keep(mask=(token < self.sink) | (last - token < recent), renumber=moved)

@@ -1,5 +1,6 @@
 """Scale or ablate single heads: the controls behind every claim about what a head does."""
 
+import math
 from collections import defaultdict
 from dataclasses import dataclass
 
@@ -8,9 +9,12 @@ from torch import Tensor
 
 from ...errors import InputError
 from ...method import Method, method
+from ...selection import All
 from ...store import FAR
 
 Heads = tuple[tuple[int, int], ...]
+
+TILE = 1 << 22  # weights held at once
 
 
 def _by_layer(name: str, heads: Heads, model) -> dict[int, list[int]]:
@@ -27,7 +31,8 @@ def _by_layer(name: str, heads: Heads, model) -> dict[int, list[int]]:
 
 
 def _check(name: str, heads: Heads) -> None:
-    if not isinstance(heads, tuple) or any(not isinstance(p, tuple) or len(p) != 2 for p in heads):
+    pairs = isinstance(heads, tuple) and all(isinstance(p, tuple) and len(p) == 2 for p in heads)
+    if not pairs or any(type(i) is not int for p in heads for i in p):
         raise InputError(f"{name}: heads = {heads!r} should be a tuple of (layer, head) pairs")
 
 
@@ -48,6 +53,8 @@ class ScaleHeads(Method):
 
     def __post_init__(self) -> None:
         _check("scale-heads", self.heads)
+        if isinstance(self.gain, bool) or not isinstance(self.gain, (int, float)):
+            raise InputError(f"gain = {self.gain!r}: expected a number")
 
     def setup(self, model) -> dict[int, Tensor]:
         plan = {}
@@ -98,11 +105,23 @@ class Ablate(Method):
         out[:, heads] = 0.0 if self.mode == "zero" else self._uniform(step, out.dtype)[:, heads]
         return out
 
-    @staticmethod
-    def _uniform(step, dtype: torch.dtype) -> Tensor:
+    def _uniform(self, step, dtype: torch.dtype) -> Tensor:
         """The mean of the values each query can see, [batch, heads, length, value_dim]."""
+        if not isinstance(step.visible, All) or "mass" in step.store.specs:
+            return self._uniform_of_some(step).to(dtype)
         valid = step.token != FAR
         total, count = step.store.values().float().sum(2, keepdim=True), valid.sum(2)[..., None, None]
         later = step.v_new.float().flip(2).cumsum(2).flip(2) - step.v_new.float()  # new values after each query
         ahead = torch.arange(step.L - 1, -1, -1, device=step.device)[:, None]
         return step.per_head((total - later) / (count - ahead)).to(dtype)
+
+    @staticmethod
+    def _uniform_of_some(step) -> Tensor:
+        """Under a selection or with merged keys: every visible key counts as often as it stands for a token."""
+        values, store = step.per_head(step.store.values()).float(), step.store
+        mass = step.per_head(store.plane("mass"))[:, :, None] if "mass" in store.specs else 1.0
+        size, tiles = max(1, TILE // (step.H * step.T)), []
+        for start in range(0, step.L, size):
+            weights = (step.scores(start=start, stop=min(start + size, step.L)) > -math.inf) * mass
+            tiles.append(weights @ values / weights.sum(-1, keepdim=True).clamp(min=1))
+        return torch.cat(tiles, 2)

@@ -1,0 +1,181 @@
+"""Prefill: one sequence without padding, so that a method never meets a pad."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from . import ops
+from .edits import Bias
+from .errors import InputError
+from .ops import ragged
+from .ops.ragged import Logit
+from .parts import Part, choose, edited, edits_weights, finish, needs_of, statistic
+from .selection import All, Band, Blocks, Selection
+from .step import Pass, Step
+from .store import LayerStore
+
+TILE = 1 << 22  # weights of one query tile, so that explicit rows stay within megabytes
+
+
+def prefill(
+    pass_: Pass, index: int, rows: LayerStore, parts: Sequence[Part], q: Tensor, k: Tensor, v: Tensor, logit: Logit
+) -> Tensor:
+    before = None if rows.empty else (_read_keys(pass_, index, rows), rows.values(), _past_mass(rows))
+    past_whole = rows.empty or rows.uniform == pass_.counts[0]
+    rows.append(k, v, pass_.counts[0])
+    step = Step(pass_, index, rows, q, k, v, logit)
+    selection, replaced = choose(step, parts)
+    needs, edits = needs_of(parts), edits_weights(parts)
+    layout = _layout(step, before, past_whole)
+    out, lse = replaced or _attend(step, selection, layout, bool(needs) or edits)
+    if lse is None and (needs or edits):
+        raise InputError("statistics need the log-sum-exp, which the method that replaces the softmax did not return")
+    _statistics(step, needs, selection, layout, lse)
+    if edits:
+        out = _reweigh(step, parts, selection, lse, out.dtype)
+    return finish(step, parts, out)
+
+
+class Layout(NamedTuple):
+    """Keys as one block in which query i sees everything before column T - L and then causally: [1, kv_heads, T, head_dim].
+
+    whole: nothing was ever let go, so column = slot = token id.
+    """
+
+    key: Tensor
+    value: Tensor
+    mass: Tensor | None
+    whole: bool
+
+
+def _layout(step: Step, before: tuple[Tensor, Tensor, Tensor] | None, past_whole: bool) -> Layout:
+    if before is None:
+        return Layout(step.k_new, step.v_new, None, True)
+    if past_whole:
+        return Layout(step.store.keys(), step.store.values(), None, True)
+    key, value, mass = before
+    new = mass.new_ones(1, step.G, step.L)
+    return Layout(torch.cat([key, step.k_new], 2), torch.cat([value, step.v_new], 2), torch.cat([mass, new], 2), False)
+
+
+def _past_mass(rows: LayerStore) -> Tensor:
+    """How much each stored key counts, [1, kv_heads, T]: zero where a slot is empty."""
+    valid = rows.valid
+    return rows.plane("mass").where(valid, 0.0) if "mass" in rows.specs else valid.float()
+
+
+def _read_keys(pass_: Pass, index: int, rows: LayerStore) -> Tensor:
+    """Keys as attention reads them: positions inside the cache applied."""
+    key, m = rows.keys(), min(rows.shift_bound, rows.T)
+    if m == 0:
+        return key
+    moved = pass_.session.info.rope.rotate(key[:, :, :m], rows.plane("shift")[:, :, :m], index)
+    return torch.cat([moved, key[:, :, m:]], 2)
+
+
+def _attend(step: Step, selection: Selection, layout: Layout, need_lse: bool) -> tuple[Tensor, Tensor | None]:
+    """The fastest operation that does exactly what the selection says."""
+    how = {"scale": step.logit.scale, "softcap": step.logit.softcap, "sinks": step.logit.sinks, "need_lse": need_lse}
+    if layout.whole:
+        how["bias"] = _factors(step.bias, step.L)
+        keys, values = layout.key, layout.value
+        if isinstance(selection, All):
+            return ops.attend(step.q, keys, values, **how)
+        if isinstance(selection, Band):
+            sink, recent = selection.per_head(step.H)
+            return ops.attend_band(step.q, keys, values, sink=sink, recent=recent, **how)
+        if isinstance(selection, Blocks) and keys.shape[2] == step.L:
+            return ops.attend_blocks(step.q, keys, values, selection.map, selection.size, **how)
+        return ops.attend_masked(step.q, keys, values, lambda a, b: step.visible_mask(a, b, selection), **how)
+    if isinstance(selection, All) and step.bias is None:
+        return ops.attend(step.q, layout.key, layout.value, mass=layout.mass, **how)
+    return _by_rows(step, selection, need_lse)
+
+
+def _factors(bias: Bias | None, length: int) -> tuple[Tensor, Tensor] | None:
+    return None if bias is None else (bias.query.expand(-1, -1, length, -1), bias.key)
+
+
+def _tiles(step: Step, selection: Selection, first: int = 0) -> Iterator[tuple[int, int, Tensor]]:
+    """Exact logits of query tiles over all slots, [1, heads, tile, T]: the general path, dense in time, bounded in memory."""
+    step.visible = selection
+    size = max(1, TILE // (step.H * step.T))
+    for start in range(first, step.L, size):
+        stop = min(start + size, step.L)
+        yield start, stop, step.scores(start=start, stop=stop)
+
+
+def _by_rows(step: Step, selection: Selection, need_lse: bool) -> tuple[Tensor, Tensor | None]:
+    values = step.per_head(step.store.values())
+    out = step.q.new_empty(*step.q.shape[:3], values.shape[3])
+    lse = torch.empty(step.q.shape[:3], dtype=ragged.wide(step.q.dtype), device=step.device)
+    for start, stop, z in _tiles(step, selection):
+        lse[:, :, start:stop] = _logsumexp(step, z)
+        out[:, :, start:stop] = (_weights(z, lse[:, :, start:stop]).to(values.dtype) @ values).to(out.dtype)
+    return out, lse if need_lse else None
+
+
+def _logsumexp(step: Step, z: Tensor) -> Tensor:
+    lse = z.logsumexp(-1)
+    return lse if step.logit.sinks is None else torch.logaddexp(lse, step.logit.sinks.view(1, -1, 1).to(lse.dtype))
+
+
+def _weights(z: Tensor, lse: Tensor) -> Tensor:
+    return (z - lse.masked_fill(lse == -math.inf, 0.0)[..., None]).exp()
+
+
+# ---------------------------------------------------------------------- statistics
+
+
+def _statistics(step: Step, needs: frozenset[str], selection: Selection, layout: Layout, lse: Tensor | None) -> None:
+    """Fill step.stats with what was named, in slots of the store."""
+    if "lse" in needs:
+        step.stats["lse"] = step.named_stats["lse"] = lse
+    for need in needs:
+        name, _, window = need.partition(":")  # "col_low:400" looks at the last 400 queries, "col_low" at all
+        if name not in ops.stats.NAMES:
+            continue
+        start = time.perf_counter()
+        first = max(0, step.L - int(window)) if window else 0
+        step.stats[name] = step.named_stats[need] = _measure(step, name, first, selection, layout, lse)
+        step.seconds[need] = time.perf_counter() - start
+
+
+def _measure(step: Step, name: str, first: int, selection: Selection, layout: Layout, lse: Tensor) -> Tensor:
+    # columns of a layout with gaps are neither slots nor token ids
+    by_column = layout.whole or (step.bias is None and name not in ("sink_mass", "row_argmax"))
+    if isinstance(selection, All) and by_column:
+        bias = _factors(step.bias, step.L)
+        how = {"scale": step.logit.scale, "softcap": step.logit.softcap, "bias": bias, "mass": layout.mass}
+        x = ops.attention_stats(step.q, layout.key, lse, want={name}, rows=(first, step.L), **how)[name]
+        return _to_slots(step, x) if name.startswith("col_") and not layout.whole else x
+    tiles = (
+        statistic(step, name, _weights(z, lse[:, :, start:stop]), z > -math.inf)
+        for start, stop, z in _tiles(step, selection, first)
+    )
+    return sum(tiles) if name.startswith("col_") else torch.cat(list(tiles), 2)
+
+
+def _to_slots(step: Step, x: Tensor) -> Tensor:
+    """Column statistics [1, heads, columns] of a padded layout, in slots: a row's new keys follow its own past."""
+    columns, total = x.shape[2] - step.L, step.T
+    past = step.store.len - step.L  # [1, G]
+    slot = torch.arange(total, device=step.device).expand(1, step.G, -1)
+    column = torch.where(slot < past[..., None], slot, slot - past[..., None] + columns).clamp(max=x.shape[2] - 1)
+    return x.gather(2, step.per_head(column)).masked_fill(~step.per_head(step.store.valid), 0.0)
+
+
+def _reweigh(step: Step, parts: Sequence[Part], selection: Selection, lse: Tensor, dtype: torch.dtype) -> Tensor:
+    """Rows whose weights are edited are computed tile by tile from the log-sum-exp."""
+    values = step.per_head(step.store.values())
+    tiles = []
+    for start, stop, z in _tiles(step, selection):
+        weights = edited(step, parts, _weights(z, lse[:, :, start:stop]), start, stop)
+        tiles.append((weights.to(values.dtype) @ values).to(dtype))
+    return torch.cat(tiles, 2)
