@@ -128,15 +128,27 @@ class Chain(Method):
         keepers = [m for m in self.members if "keep" in m.asks]
         if any(need.startswith("col_") for m in keepers[1:] for need in m.needs):
             raise CompositionError(
-                f"{' | '.join(m.name for m in keepers)}: statistics per key do not survive the first keep, so the method that needs them must "
-                "come first and alone"
+                f"{' | '.join(m.name for m in keepers)}: statistics per key do not survive the first keep, so the method that needs "
+                "them must come first and alone"
             )
+        self._check_windows(names)
         seen: dict[str, Plane] = {}
         for m in self.members:
             for plane, spec in m.planes.items():
                 if plane in seen and plane != "mass":
                     raise CompositionError(f"two methods of {' | '.join(names)} keep a plane called '{plane}'")
                 seen[plane] = spec
+
+    def _check_windows(self, names: list[str]) -> None:
+        windows: dict[str, str] = {}
+        for need in sorted(frozenset().union(*(m.needs for m in self.members))):
+            statistic = need.partition(":")[0]
+            if statistic in windows:
+                raise CompositionError(
+                    f"methods of {' | '.join(names)} ask for '{windows[statistic]}' and '{need}': one step has one of them, "
+                    "so give both the same window"
+                )
+            windows[statistic] = need
 
     @property
     def parts(self) -> tuple[Method, ...]:
@@ -177,6 +189,12 @@ def check_range(name: str, value: float, low: float, high: float = math.inf) -> 
     if not (isinstance(value, (int, float)) and not isinstance(value, bool) and low <= value <= high):
         span = f"from {low} to {high}" if high != math.inf else f"of at least {low}"
         raise InputError(f"{name} = {value!r}: expected a number {span}")
+
+
+def check_count(name: str, value: int, low: int = 0) -> None:
+    """Raise unless value is a whole number of at least low."""
+    if type(value) is not int or value < low:
+        raise InputError(f"{name} = {value!r}: expected a whole number of at least {low}")
 
 
 # ---------------------------------------------------------------------- registry

@@ -89,22 +89,29 @@ class Band(Selection):
 
 @dataclass(frozen=True)
 class Tokens(Selection):
-    """Past keys by slot, [batch, kv_heads or heads, m], -1 for none. With `size` > 1 each number is the first slot of a run of that many."""
+    """Past keys by slot, [batch, kv_heads or heads, m], -1 for none.
+
+    With `size` > 1 each number is the first slot of a run of that many.
+    """
 
     slots: Tensor
     size: int = 1
 
     def expanded(self, limit: Tensor | int) -> Tensor:
-        """One slot a key; what is not of the row's past is cut: the step's own keys are visible anyway, and only once."""
+        """One slot a key; what is not of the row's past is cut: the step's own keys are visible anyway, and count once.
+
+        limit: where the past ends, a number or [batch, kv_heads or heads, 1, 1].
+        """
         if self.size == 1:
-            return self.slots.where(self.slots < limit, -1)
+            return self.slots.where(self.slots < (limit if isinstance(limit, int) else limit[..., 0]), -1)
         runs = self.slots[..., None] + torch.arange(self.size, device=self.slots.device)
         runs = runs.where((self.slots[..., None] >= 0) & (runs < limit), -1)
         return runs.flatten(-2)
 
     def mask(self, step: Step, start: int, stop: int) -> Tensor:
         past = step.past
-        slots = self.expanded(past if isinstance(past, int) else past[..., None, None])
+        limit = past if isinstance(past, int) else step.per_head_like(past, self.slots.shape[1])[..., None, None]
+        slots = self.expanded(limit)
         seen = torch.zeros(*slots.shape[:2], step.T + 1, dtype=torch.bool, device=step.device)
         seen.scatter_(2, slots.where(slots >= 0, step.T), True)
         seen = seen[..., : step.T] | step.per_head_like(step.new_keys, slots.shape[1])

@@ -72,7 +72,9 @@ def watch(model, method, ids: Tensor, chunks: Sequence[int], pads: Sequence[int]
             _sort(log, parts, batch)
             kept.append([_held(rows) for rows in cache.rows])
     layers = sorted({i for _, i in parts})
-    seqs = [[Seq(*(torch.cat(x, 1).double() for x in zip(*parts[b, i], strict=True))) for i in layers] for b in range(batch)]
+    seqs = [
+        [Seq(*(torch.cat(x, 1).double() for x in zip(*parts[b, i], strict=True))) for i in layers] for b in range(batch)
+    ]
     planes = {n: [r.plane(n) for r in cache.rows] for n in ("token", "key", "value", *cache.rows[0].specs)}
     return Watched(seqs, kept, cache, planes)
 
@@ -168,7 +170,9 @@ def role_file(model, folder, **scores: Tensor) -> str:
 # ---------------------------------------------------------------------- heavy hitters
 
 
-def simulate_h2o(s: Seq, prompt: int, budget: float, recent: float, seen: Tensor | None = None, bias: Tensor | float = 0.0):
+def simulate_h2o(
+    s: Seq, prompt: int, budget: float, recent: float, seen: Tensor | None = None, bias: Tensor | float = 0.0
+):
     """H2O by masking columns: (visible [kv_heads, n, n], kept token ids after each call, accumulated mass [kv_heads, n]).
 
     seen [heads, n, n]: what a selection allows.

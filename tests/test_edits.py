@@ -61,7 +61,9 @@ def low_rank(ranks, heads):
 
 def dense_bias(n, ranks, heads):
     token = torch.arange(n)
-    terms = [query_factor(token, r)[:, :, None] * over_heads(key_factor(token, heads, r), HEADS)[:, None] for r in ranks]
+    terms = [
+        query_factor(token, r)[:, :, None] * over_heads(key_factor(token, heads, r), HEADS)[:, None] for r in ranks
+    ]
     return sum(terms).double()
 
 

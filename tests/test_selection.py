@@ -108,18 +108,22 @@ def test_tokens_are_past_slots_and_the_steps_own_keys(how, heads, model, ids):
 
 
 @pytest.mark.parametrize("how", HOW)
-def test_tokens_in_runs_end_where_the_past_ends(how, model, ids):
+@pytest.mark.parametrize("heads", [KV, HEADS])
+@pytest.mark.parametrize("size", [1, 4])
+def test_tokens_in_runs_end_where_the_past_ends(how, heads, size, model, ids):
+    """Slots of the step itself change nothing: its keys are visible, and count once."""
+
     def select(step):
-        pages = -(-step.T // 4)
-        wanted = torch.arange(pages) % 3 != torch.arange(step.G)[:, None]
-        return Tokens((torch.arange(pages) * 4).expand(step.q.shape[0], step.G, -1).where(wanted, -1), size=4)
+        pages = -(-step.T // size)
+        wanted = torch.arange(pages) % 3 != torch.arange(heads)[:, None] // (heads // KV)
+        return Tokens((torch.arange(pages) * size).expand(step.q.shape[0], heads, -1).where(wanted, -1), size)
 
     def expected(visible, first):
         # slots are counted among the keys a row held when the forward pass began
         past = visible & (torch.arange(visible.shape[1]) < first[:, None])
         slot = past.long().cumsum(-1) - 1
         head = torch.arange(HEADS)[:, None, None] // (HEADS // KV)
-        return (past & (slot // 4 % 3 != head)) | own(first)
+        return (past & (slot // size % 3 != head)) | own(first)
 
     check(model, ids, how, select, expected)
 
@@ -206,7 +210,7 @@ def test_selections_narrow_from_left_to_right():
 
 
 def test_a_window_without_itself_is_refused():
-    with pytest.raises(foveal.InputError, match="recent >= 1.*got 0"):
+    with pytest.raises(foveal.InputError, match=r"recent >= 1.*got 0"):
         Band(4, 0)
     with pytest.raises(foveal.InputError, match="got -1"):
         Band(4, [3, -1])

@@ -43,7 +43,9 @@ def run(model, ids, how, needs, before=None, **hooks):
     """For each forward pass of each sequence: queries from, to, statistics, slots, weights [heads, n, n], logits, seen."""
     log, method = spy(needs, **hooks)
     method = method if before is None else before | method
-    seen = watch(model, thin() | method if how == "ragged" else method, ids, HOW[how], PADS if how == "padded" else None)
+    seen = watch(
+        model, thin() | method if how == "ragged" else method, ids, HOW[how], PADS if how == "padded" else None
+    )
     calls = len(HOW[how]) + N - 40
     for c in range(calls):
         for b, (s,) in enumerate(seen.seqs):

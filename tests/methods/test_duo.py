@@ -54,7 +54,9 @@ def test_padded_rows(model, ids, roles):
 
 @pytest.mark.parametrize("pads", [None, (0, 11)])
 def test_the_windows_of_a_share_grow_with_the_text(pads, model, ids, roles):
-    method = Duo(0.6, whole=0.5, roles=roles)  # 0.3 of the heads would be two of four; both halves follow from the budget
+    method = Duo(
+        0.6, whole=0.5, roles=roles
+    )  # 0.3 of the heads would be two of four; both halves follow from the budget
     share = (0.6 - 0.3) / 0.7
     seen = watch(model, method, ids, (PROMPT,), pads)
     for _, layer, s in seen.each():
@@ -67,7 +69,7 @@ def test_the_windows_of_a_share_grow_with_the_text(pads, model, ids, roles):
 def test_a_tiny_share_still_shows_the_newest_key(model, ids, roles):
     seen = watch(model, Duo(0.02, whole=0.9, roles=roles), ids, (PROMPT,))
     only = torch.tensor([g for g in range(KV) for _ in range(3)])
-    for _, layer, s in seen.each():
+    for _, _layer, s in seen.each():
         dense, band = attend(s, causal(N)[None]), attend(s, causal(N) & ((torch.arange(N) < 4) | (_ages(N) < 2))[None])
         for g in range(KV):
             got = s.out[only == g]

@@ -93,7 +93,7 @@ def test_heads_must_exist(model):
             with pytest.raises(foveal.InputError, match=f"no head {pair[1]} in layer {pair[0]}.*0..5"):
                 foveal.attach(model, cls((pair,)))
         for wrong in ([(0, 1)], ((0, 1, 2),), ((0, 1.5),), (("0", 1),)):
-            with pytest.raises(foveal.InputError, match="heads = .* pairs"):
+            with pytest.raises(foveal.InputError, match=r"heads = .* pairs"):
                 cls(wrong)
     with pytest.raises(foveal.InputError, match="mode = 'mean': expected 'uniform' or 'zero'"):
         Ablate(((0, 1),), "mean")

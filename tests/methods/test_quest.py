@@ -112,7 +112,11 @@ def test_a_budget_of_everything_is_dense(model, ids):
 
 @pytest.mark.parametrize(
     ("wrong", "message"),
-    [({"page": 0}, "page = 0: .*at least 1"), ({"skip": -1}, "skip = -1: .*at least 0"), ({"budget": 0}, "budget = 0: expected")],
+    [
+        ({"page": 0}, "page = 0: .*at least 1"),
+        ({"skip": -1}, "skip = -1: .*at least 0"),
+        ({"budget": 0}, "budget = 0: expected"),
+    ],
 )
 def test_bad_values(wrong, message):
     with pytest.raises(foveal.InputError, match=message):

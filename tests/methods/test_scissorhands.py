@@ -112,7 +112,8 @@ def test_nothing_leaves_before_the_prompt_is_read(model, ids):
 
 
 @pytest.mark.parametrize(
-    ("wrong", "message"), [({"drop": 1}, "drop = 1 "), ({"window": 0}, "window = 0: .*at least 1"), ({"recent": 0}, "recent = 0")]
+    ("wrong", "message"),
+    [({"drop": 1}, "drop = 1 "), ({"window": 0}, "window = 0: .*at least 1"), ({"recent": 0}, "recent = 0")],
 )
 def test_bad_values(wrong, message):
     with pytest.raises(foveal.InputError, match=message):

@@ -86,9 +86,7 @@ def in_slots(s, calls, budget, sink=4):
         slot = torch.arange(len(keys))
         q, k = rotate(bare_q[:, new], slot[len(held) :]), rotate(bare_k[:, keys], slot)
         at = torch.tensor(keys)
-        visible = (at <= torch.tensor(new)[:, None]) & (
-            (at < sink) | (torch.tensor(new)[:, None] - at < budget - sink)
-        )
+        visible = (at <= torch.tensor(new)[:, None]) & ((at < sink) | (torch.tensor(new)[:, None] - at < budget - sink))
         out.append(attend(Seq(q, k, s.v[:, keys], s.out), visible[None]))
         first += length
         held = [t for t in keys if t < sink or first - 1 - t < budget - sink - 1]
@@ -121,9 +119,9 @@ def test_text_may_outgrow_the_positions_only_inside_the_cache():
     for method in (StreamingLLM(24), None):
         with pytest.raises(foveal.InputError, match="72 tokens long but the model has 48 positions"):
             watch(short, method, text, chunks)
-    with pytest.raises(foveal.InputError, match="0 keys in the cache and 60 new tokens .* 48 positions"):
+    with pytest.raises(foveal.InputError, match=r"0 keys in the cache and 60 new tokens .* 48 positions"):
         watch(short, StreamingLLM(24, positions="cache"), text, (60, 60))
-    with pytest.raises(foveal.InputError, match="48 keys in the cache and 24 new tokens .* smaller budget"):
+    with pytest.raises(foveal.InputError, match=r"48 keys in the cache and 24 new tokens .* smaller budget"):
         watch(short, StreamingLLM(50, positions="cache"), text, chunks)
 
 

@@ -5,9 +5,8 @@ import math
 import pytest
 import torch
 from models import tiny
-from reference import attend, causal, close, over_heads, thin, thinned, watch, weights
+from reference import attend, causal, close, thin, thinned, watch, weights
 
-from foveal.methods.select.quest import Quest
 from foveal.methods.select.top_k import TopK
 
 N, PROMPT, HEADS, KV = 66, 60, 6, 2
@@ -52,7 +51,7 @@ def test_it_reads_the_keys_with_the_largest_weights(how, budget, model, ids):
 
 
 def test_no_other_keys_carry_more_mass(model, ids):
-    """Recall: the mass of the chosen keys is at least that of a window, of random keys and of Quest's pages of equal size."""
+    """Recall: the mass of the chosen keys is at least that of a window and of random keys."""
     budget = 12
     for _, layer, s in watch(model, TopK(budget), ids, (PROMPT,)).each():
         base = causal(N).expand(KV, -1, -1)
@@ -62,11 +61,6 @@ def test_no_other_keys_carry_more_mass(model, ids):
         random = torch.rand(N, generator=torch.Generator().manual_seed(layer)).argsort() < budget - 1
         for other in ((age >= 0) & (age < budget), random & (age > 0) | (age == 0)):
             assert (ours >= (w * other).sum(-1) - 1e-12).all()
-    scores = {}
-    for method in (TopK(budget), Quest(budget, 4, 0)):
-        (out,) = {close(s.out, attend(s, over_heads(causal(N)[None], HEADS)), 1e-3) for *_, s in watch(model, method, ids, (PROMPT,)).each()}
-        scores[method.name] = out
-    assert scores == {"top-k": False, "quest": False}
 
 
 def test_a_budget_of_everything_is_dense(model, ids):

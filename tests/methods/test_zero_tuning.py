@@ -89,13 +89,18 @@ def test_a_dropped_first_token_has_no_weight(model, ids):
         assert close(s.out, attend(s, (causal(N) & (age < 12))[None], bias))
 
 
-@pytest.mark.parametrize(("wrong", "message"), [({"gamma": 0}, "gamma = 0 "), ({"gamma": -1.0}, "gamma = -1.0: .*at least 0")])
+@pytest.mark.parametrize(
+    ("wrong", "message"), [({"gamma": 0}, "gamma = 0 "), ({"gamma": -1.0}, "gamma = -1.0: .*at least 0")]
+)
 def test_bad_values(wrong, message):
     with pytest.raises(foveal.InputError, match=message):
         ZeroTuning(**wrong)
 
 
 def test_heads_and_layers_must_exist(model):
-    for params, message in (({"heads": (6,)}, r"heads = \(6,\).* heads 0..5"), ({"layers": (-1, 1)}, r"layers = .* layers 0..2")):
+    for params, message in (
+        ({"heads": (6,)}, r"heads = \(6,\).* heads 0..5"),
+        ({"layers": (-1, 1)}, r"layers = .* layers 0..2"),
+    ):
         with pytest.raises(foveal.InputError, match=message):
             foveal.attach(model, ZeroTuning(**params))

@@ -6,7 +6,7 @@ import torch
 
 from ...edits import Keep
 from ...heads import roles_for
-from ...method import Method, check_range, method
+from ...method import Method, check_count, check_range, method
 from ...selection import FOREVER, Band, Selection
 from .by_head import HeadPlan, check_share, evict_oldest, outside, split
 
@@ -20,7 +20,8 @@ from .by_head import HeadPlan, check_share, evict_oldest, outside, split
 class Duo(Method):
     """The share `whole` of the KV heads with the highest score keeps every key; the others keep `sink` + `recent` (deployed: 64 + 256).
 
-    budget: a share of the cache instead; half of it goes to whole heads (at most `whole` of them), the rest to windows that grow with the text, of which at most 4 keys are sinks.
+    budget: a share of the cache instead; half of it goes to whole heads (at most `whole` of them), the rest to windows that grow
+    with the text, of which at most 4 keys are sinks.
     roles: a head-role file (default: the one of this model); score: which score ranks the heads. Streaming heads are windowed in prefill
     too, and a query sees exactly sink + recent keys, itself included, in prefill and in decode. Original positions.
     """
@@ -35,8 +36,8 @@ class Duo(Method):
     def __post_init__(self) -> None:
         check_share("duo", self.budget)
         check_range("whole", self.whole, 0, 0.999)
-        check_range("sink", self.sink, 0)
-        check_range("recent", self.recent, 2)
+        check_count("sink", self.sink)
+        check_count("recent", self.recent, 2)
 
     def setup(self, model) -> HeadPlan:
         share = self.whole if self.budget is None else split(self.budget, self.whole)[0]

@@ -6,7 +6,7 @@ import torch
 
 from ...edits import Keep, Plane
 from ...heads import HeadRoles, roles_for
-from ...method import Method, check_range, method
+from ...method import Method, check_count, check_range, method
 from .by_head import HeadPlan, check_share, outside, split
 
 
@@ -17,12 +17,12 @@ from .by_head import HeadPlan, check_share, outside, split
 )
 @dataclass(frozen=True)
 class Razor(Method):
-    """Heads that copy over distance (the `echo` share by echo score and the `induction` share by induction score) keep every key. The others keep
-    `sink` first keys and a buffer of the newest max(`least`, tokens / `compress`); what lies between becomes one key and value, their mean,
-    that counts as many tokens as it stands for (the plane `mass`).
+    """Heads that copy over distance (the `echo` share by echo score and the `induction` share by induction score) keep every key. The
+    others keep `sink` first keys and a buffer of the newest max(`least`, tokens / `compress`); what lies between becomes one key and value,
+    their mean, that counts as many tokens as it stands for (the plane `mass`).
 
-    Defaults are the paper's (1 % + 14 % of the query heads, 4 sinks, buffer of at least 4,000, fifth of the text). A KV head stays whole when any
-    of its query heads qualifies. budget: a share of the cache instead; half of it goes to whole KV heads (at most 15 % of them).
+    Defaults are the paper's (1 % + 14 % of the query heads, 4 sinks, buffer of at least 4,000, fifth of the text). A KV head stays whole
+    when any of its query heads qualifies. budget: a share of the cache instead; half of it goes to whole KV heads (at most 15 % of them).
     Dropping begins with the oldest non-sink key, which thereby turns into the compensation token.
     """
 
@@ -41,8 +41,8 @@ class Razor(Method):
         check_share("razor", self.budget)
         check_range("echo", self.echo, 0, 1)
         check_range("induction", self.induction, 0, 1)
-        check_range("sink", self.sink, 0)
-        check_range("least", self.least, 1)
+        check_count("sink", self.sink)
+        check_count("least", self.least, 1)
         check_range("compress", self.compress, 1)
 
     def setup(self, model) -> HeadPlan:

@@ -6,7 +6,7 @@ import torch
 
 from ...edits import Keep, Plane
 from ...errors import InputError
-from ...method import Budget, Method, check_budget, check_range, method
+from ...method import Budget, Method, check_budget, check_count, check_range, method
 
 
 @method(
@@ -33,8 +33,8 @@ class Scissorhands(Method):
 
     def __post_init__(self) -> None:
         check_budget(self.budget)
-        check_range("window", self.window, 1)
-        check_range("recent", self.recent, 1)
+        check_count("window", self.window, 1)
+        check_count("recent", self.recent, 1)
         check_range("drop", self.drop, 0, 1)
         if self.drop == 1:
             raise InputError("drop = 1 would empty the cache: expected a share of the budget below 1")

@@ -6,7 +6,7 @@ import torch
 
 from ...edits import Keep, Plane
 from ...errors import InputError
-from ...method import Budget, Method, check_budget, check_range, method, tokens_of
+from ...method import Budget, Method, check_budget, check_count, method, tokens_of
 from ...selection import Band, Selection
 
 
@@ -17,9 +17,10 @@ from ...selection import Band, Selection
 )
 @dataclass(frozen=True)
 class StreamingLLM(Method):
-    """Keep `sink` first tokens and the newest, `budget` keys in all (paper: 4 + 1,020); what a query sees is the same in prefill and decode.
+    """Keep `sink` first tokens and the newest, `budget` keys in all (paper: 4 + 1,020).
 
-    Beside the sinks a query always sees itself and the key before it, whatever the budget.
+    What a query sees is the same in prefill and decode. Beside the sinks a query always sees itself and the key before it, whatever
+    the budget.
 
     positions: "original" leaves keys where they were; "cache" numbers them inside the cache, so that text may outgrow the model's
     positions (read long prompts in chunks then).
@@ -31,7 +32,7 @@ class StreamingLLM(Method):
 
     def __post_init__(self) -> None:
         check_budget(self.budget)
-        check_range("sink", self.sink, 0)
+        check_count("sink", self.sink)
         if self.positions not in ("original", "cache"):
             raise InputError(f"positions = {self.positions!r}: expected 'original' or 'cache'")
 

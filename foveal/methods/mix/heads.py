@@ -78,8 +78,8 @@ class ScaleHeads(Method):
 )
 @dataclass(frozen=True)
 class Ablate(Method):
-    """Take some query heads out. mode "uniform" (the papers' masking): the head attends equally to every key it could see; "zero": its output is
-    zero. heads: pairs (layer, head).
+    """Take some query heads out. mode "uniform" (the papers' masking): the head attends equally to every key it could see; "zero": its
+    output is zero. heads: pairs (layer, head).
     """
 
     heads: Heads = ()

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 import torch
 
-from ...method import Budget, Method, check_budget, check_range, method
+from ...method import Budget, Method, check_budget, check_count, method
 from ...selection import All, Selection, Tokens
 
 
@@ -29,8 +29,8 @@ class Quest(Method):
 
     def __post_init__(self) -> None:
         check_budget(self.budget)
-        check_range("page", self.page, 1)
-        check_range("skip", self.skip, 0)
+        check_count("page", self.page, 1)
+        check_count("skip", self.skip)
 
     def where(self, model) -> tuple[int, ...]:
         return tuple(i for i in model.layers if i >= self.skip)

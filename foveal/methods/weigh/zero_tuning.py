@@ -35,6 +35,10 @@ class ZeroTuning(Method):
         check_range("gamma", self.gamma, 0)
         if self.gamma == 0:
             raise InputError("gamma = 0 would hide the first token: expected a positive number")
+        for name in ("heads", "layers"):
+            chosen = getattr(self, name)
+            if chosen is not None and (not isinstance(chosen, tuple) or any(type(i) is not int for i in chosen)):
+                raise InputError(f"{name} = {chosen!r}: expected a tuple of numbers, or None for all")
 
     def setup(self, model) -> torch.Tensor:
         for name, chosen, count in (("heads", self.heads, model.heads), ("layers", self.layers, model.n_layers)):
