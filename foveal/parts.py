@@ -51,11 +51,12 @@ def choose(step: Step, parts: Sequence[Part]) -> tuple[Selection, Out | None]:
 def statistic(step: Step, name: str, weights: Tensor, seen: Tensor | None) -> Tensor:
     """A statistic of explicit weights [batch, heads, queries, T]: [batch, heads, T] for columns, else [batch, heads, queries].
 
-    seen: bool like `weights`, the keys each query sees; None where it sees all.
+    seen: bool [batch, kv_heads or heads, queries, T], the keys each query sees; None where it sees all.
     """
     if name == "col_mass":
         return weights.sum(2)
     if name == "col_low":  # a tie with uniform attention is not low
+        seen = None if seen is None else step.per_head_like(seen, step.H)
         count = weights.shape[-1] if seen is None else seen.sum(-1, keepdim=True).clamp(min=1)
         low = weights < (1 - 1e-5) / count
         return (low if seen is None else low & seen).sum(2).to(weights.dtype)
@@ -110,7 +111,7 @@ def let_go(step: Step, parts: Sequence[Part]) -> None:
     for part in parts:
         keep = part.method.keep(part.on(step)) if "keep" in part.method.asks else None
         if keep is not None:
-            step.store.apply(keep)
+            step.apply(keep)
 
 
 def _sum(biases: Iterator[Bias | None]) -> Bias | None:

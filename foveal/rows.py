@@ -68,6 +68,12 @@ class Rows:
     def read(self, name: str) -> Tensor:
         return self.planes[name][:, : self.bound]
 
+    def gather(self, name: str, slots: Tensor) -> Tensor:
+        """Keys or values at slots [rows, m]: [rows, m, head_dim]."""
+        plane = self.planes[name]  # one flat index copies whole rows, which a pair of indices does not
+        flat = (slots + (self.arange * plane.shape[1])[:, None]).flatten()
+        return plane.flatten(0, 1).index_select(0, flat).unflatten(0, slots.shape)
+
     def pick(self, x: Tensor) -> Tensor:
         """The rows of this class out of a tensor over all rows."""
         return x if self.index is None else x[self.index]

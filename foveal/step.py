@@ -98,6 +98,7 @@ class Step:
         self.visible: Selection = All()
         self.bias: Bias | None = None
         self.plan: Any = None
+        self._slots: Tensor | None = None
 
     # ------------------------------------------------------------------ facts
 
@@ -124,7 +125,14 @@ class Step:
     @property
     def token(self) -> Tensor:
         """Token id of each slot, [batch, kv_heads, T]; FAR where empty."""
-        return self.store.token
+        if self._slots is None:
+            self._slots = self.store.token
+        return self._slots
+
+    def apply(self, keep: Keep) -> None:
+        """Let go of what `keep` does not keep; slots are numbered anew."""
+        self.store.apply(keep)
+        self._slots = None
 
     @property
     def q_token(self) -> Tensor:
@@ -187,25 +195,28 @@ class Step:
 
     # ------------------------------------------------------------------ logits: one function for all who need them
 
-    def extra(self, heads: int | None = None) -> Tensor | None:
-        """What bias and mass add to decode logits, [batch, heads, 1, T]."""
-        total = None if self.bias is None else self.bias.dense(self.H)
-        if "mass" in self.store.specs:
-            mass = self.per_head(self.store.plane("mass")).log()[:, :, None]
-            total = mass if total is None else total + mass
-        return total
+    def row(self, c: Rows, x: Tensor | None) -> Tensor | None:
+        """What [batch, 1 or kv_heads or heads, 1, T] says of the rows of a class: [rows, 1 or group, bound]."""
+        if x is None:
+            return None
+        x = x.expand(self.q.shape[0], self.G if x.shape[1] == 1 else -1, -1, -1)
+        return c.pick(x.reshape(self.q.shape[0] * self.G, -1, x.shape[3]))[..., : c.bound]
 
-    def hidden(self, selection: Selection) -> Tensor | None:
-        """Decode: which slots the query does not see, bool [batch, kv_heads or heads, 1, T]; None if it sees all."""
-        ragged_rows = self.store.uniform is None
+    def row_extra(self, c: Rows, bias: Tensor | None) -> Tensor | None:
+        """What bias [batch, heads, 1, T] and mass add to the decode logits of a class, [rows, 1 or group, bound]."""
+        extra = self.row(c, bias)
+        if "mass" not in c.planes:
+            return extra
+        mass = c.read("mass").log()[:, None]
+        return mass if extra is None else extra + mass
+
+    def seen_slots(self, selection: Selection) -> Tensor:
+        """Decode: the slots that hold a key and are selected, bool [batch, kv_heads or heads, 1, T]."""
+        valid = self.store.valid[:, :, None]
         if isinstance(selection, All):
-            return ~self.store.valid[:, :, None] if ragged_rows else None
-        seen = selection.mask(self, 0, self.L)
-        if ragged_rows:
-            seen = (
-                seen & self.per_head_like(self.store.valid, seen.shape[1] if seen.shape[1] > 1 else self.G)[:, :, None]
-            )
-        return ~seen
+            return valid
+        seen = selection.mask(self, 0, 1)
+        return seen & (valid if seen.shape[1] == 1 else self.per_head_like(valid, seen.shape[1]))
 
     def row_keys(self, c: Rows) -> Tensor:
         """Keys of one length class as attention reads them, [rows, bound, head_dim]: positions inside the cache applied."""
@@ -234,8 +245,10 @@ class Step:
                 z[c.index, :, : c.bound] = ragged.logits(c.pick(packed), self.row_keys(c), self.logit)
         z = z.view(B, self.H, stop - start, self.T)
         z = self._add_extra(z, start, stop)
-        hidden = self.hidden(self.visible) if self.decode else ~self.visible_mask(start, stop)
-        return z if hidden is None else z.masked_fill(self.per_head_like(hidden, self.H), -math.inf)
+        if self.decode and isinstance(self.visible, All) and self.store.uniform is not None:
+            return z
+        seen = self.seen_slots(self.visible) if self.decode else self.visible_mask(start, stop)
+        return z.masked_fill(~self.per_head_like(seen, self.H), -math.inf)
 
     def _add_extra(self, z: Tensor, start: int, stop: int) -> Tensor:
         if self.bias is not None:

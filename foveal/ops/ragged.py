@@ -24,10 +24,10 @@ class Logit(NamedTuple):
 
 
 class Attended(NamedTuple):
-    """out [rows, group, head_dim], weights [rows, group, keys], and lse [rows, group] where it was asked for."""
+    """out [rows, group, value_dim]; weights [rows, group, keys] and lse [rows, group] where they were asked for."""
 
     out: Tensor
-    weights: Tensor
+    weights: Tensor | None
     lse: Tensor | None
 
 
@@ -40,15 +40,17 @@ def attend_ragged(
     extra: Tensor | None = None,
     hidden: Tensor | None = None,
     need_lse: bool = False,
+    may_be_blind: bool = False,
 ) -> Attended:
     """Packed rows of decode attention.
 
     q: [rows, group, head_dim].  key: [rows, keys, head_dim].  value: [rows, keys, value_dim].  extra: added to the logits after scaling
     and soft-cap, broadcast to [rows, group, keys].  hidden: bool, broadcast likewise, True where a key is not seen.
-    logit.sinks: [rows, group] here.  Rows that see nothing give zero and a log-sum-exp of -inf. Softmax in float32 or wider.
+    logit.sinks: [rows, group] here.  may_be_blind: some row may see no key at all; its output is then zero and its log-sum-exp -inf.
+    Softmax in float32 or wider.
     """
     z = logits(q, key, logit, extra=extra, hidden=hidden)
-    if hidden is None and logit.sinks is None and not need_lse:
+    if logit.sinks is None and not need_lse and not may_be_blind:
         weights, lse = torch.softmax(z, -1), None
     else:
         lse = z.logsumexp(-1)
