@@ -56,7 +56,7 @@ def compare(
 ) -> None:
     """Which method, at which budget, costs what on this model: scores, resident bytes, memory and speed in one run."""
     from .compare.report import headline, write_report
-    from .compare.run import BUDGETS, LENGTHS, METHODS, TASKS, configurations
+    from .compare.run import BUDGETS, LENGTHS, METHODS, configurations, default_tasks
     from .compare.run import compare as run
     from .compare.table import rich_table
     from .tasks import get_task
@@ -64,7 +64,7 @@ def compare(
     defaults = (LENGTHS, BUDGETS) if not quick else ((512,), (0.5, 0.25))
     chosen = {
         "methods": _split(methods, "methods") or METHODS,
-        "tasks": [get_task(t) for t in _split(tasks, "tasks") or TASKS],
+        "tasks": [get_task(t) for t in _split(tasks, "tasks")] or default_tasks(),
         "budgets": [_budget(b) for b in _split(budgets, "budgets")] or defaults[1],
         "lengths": [_whole(n, "lengths") for n in _split(lengths, "lengths")] or defaults[0],
     }

@@ -87,11 +87,14 @@ def _reweighed(step: Step, edit: Reweigh, weights: Tensor, start: int, stop: int
     if edit.to is False:
         return changed
     others = ~keys if edit.to is None else step.per_head_like(edit.to, step.H)[:, :, None] & ~keys
-    freed = weights.sum(-1, keepdim=True) - changed.sum(-1, keepdim=True)
+    before = weights.sum(-1, keepdim=True)
     payers = (weights * others).sum(-1, keepdim=True)
+    share = 1 + (before - changed.sum(-1, keepdim=True)) / payers.clamp(min=1e-30)
+    edited = torch.where(others, changed * share.clamp(min=0), changed)
+    # a gain may ask for more than the payers have: they give all, and the row is scaled back to its sum
+    edited = torch.where(share < 0, edited * before / edited.sum(-1, keepdim=True).clamp(min=1e-30), edited)
     # a row with nobody to receive keeps its weights: there is nothing to redistribute to
-    share = torch.where(payers > 0, 1 + freed / payers.clamp(min=1e-30), 1.0)
-    return torch.where(payers > 0, torch.where(others, changed * share, changed), weights)
+    return torch.where(payers > 0, edited, weights)
 
 
 def finish(step: Step, parts: Sequence[Part], out: Tensor) -> Tensor:

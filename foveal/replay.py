@@ -86,9 +86,11 @@ class Recording:
             for part in active:
                 step.adopt(part.method.needs, recorded.stats)
             let_go(step, active)
-        for i, layer in enumerate(self.store.layers):
-            if i not in self.layers:
-                store.layers[i] = self.store.take([0]).layers[i]
+        native = [i for i in range(len(self.store.layers)) if i not in self.layers]
+        if native:
+            copy = self.store.fork()
+            for i in native:
+                store.layers[i] = copy.layers[i]
         store.counts = [length]
         for m in parts:
             if "end" in m.asks:

@@ -62,7 +62,9 @@ def run(model, method, ids, chunks=(PROMPT,), mask=None):
             at += n
         for _ in range(STEPS):
             extra = None if mask is None else mask[:, : at + 1]
-            result = model(ids[:, at : at + 1], past_key_values=cache, attention_mask=extra, position_ids=positions(extra, 1))
+            result = model(
+                ids[:, at : at + 1], past_key_values=cache, attention_mask=extra, position_ids=positions(extra, 1)
+            )
             out.append(result.logits[:, -1])
             at += 1
         return torch.stack(out, 1), cache

@@ -1,15 +1,14 @@
 """The comparison: every method at every budget on the same prompts, in one process.
 
-Each prompt is read densely once; methods that read like the dense model start from a replay of it, the others read for themselves. The question
-comes after compression and all questions of one length are answered as one batch. Speed and memory come from runs of their own, one sequence
-at a time, so that nothing shared is counted to anyone.
+Each prompt is read densely once; methods that read like the dense model start from a replay of it, the others read for
+themselves. The question comes after compression, and questions on texts of one length are answered as one batch. Speed
+and memory come from runs of their own, one sequence at a time, so that nothing shared is counted to anyone.
 """
 
 from __future__ import annotations
 
 import json
 import math
-import os
 import platform
 import tempfile
 import time
@@ -17,6 +16,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -34,9 +34,8 @@ from ..tasks import Sample, Task, get_task
 from .measure import Memory, bootstrap, hardware, now, wilson
 
 METHODS = ("streaming-llm", "h2o", "scissorhands", "razor", "duo", "quest")
-TASKS = ("passkey", "needle", "perplexity")
-BUDGETS = (0.5, 0.25, 0.125)
-LENGTHS = (1024, 2048)
+BUDGETS = (0.5, 0.25)
+LENGTHS = (512, 1024)
 TOGETHER = 10  # questions answered as one batch
 
 
@@ -81,10 +80,10 @@ class Comparison:
         text = json.dumps(self.to_dict(), indent=1, allow_nan=False) + "\n"
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
-            with tempfile.NamedTemporaryFile("w", dir=path.parent, suffix=".part", delete=False) as f:
-                f.write(text)
-            os.chmod(f.name, 0o644)
-            Path(f.name).replace(path)
+            with tempfile.TemporaryDirectory(dir=path.parent) as folder:
+                whole = Path(folder) / path.name
+                whole.write_text(text)
+                whole.replace(path)
         except OSError as e:
             raise InputError(f"cannot write {path}: {e.strerror or e}; choose another folder") from e
 
@@ -121,11 +120,16 @@ def configurations(names: Sequence[str | Method], budgets: Sequence[Budget]) -> 
     return out
 
 
+def default_tasks() -> list[Task]:
+    """What two cores can ask in minutes: five passkeys, five needles in one document, 32 tokens of a novel."""
+    return [get_task("passkey"), get_task("needle", per_context=5), get_task("perplexity", max_new_tokens=32)]
+
+
 def compare(
     model,
     tokenizer,
     methods: Sequence[str | Method] = METHODS,
-    tasks: Sequence[str | Task] = TASKS,
+    tasks: Sequence[str | Task] | None = None,
     budgets: Sequence[Budget] = BUDGETS,
     lengths: Sequence[int] = LENGTHS,
     samples: int = 5,
@@ -135,12 +139,12 @@ def compare(
 ) -> Comparison:
     """Run methods x budgets x tasks x lengths on a model and return all measurements.
 
-    samples: questions per task and length; the tasks ask several of one document. progress: called with a line and the share done. A
+    tasks: names or tasks; default `default_tasks()`. samples: questions per task and length. progress: called with a line and the share done. A
     failing configuration is reported in its records and does not stop the rest; Ctrl-C returns what was measured, marked so.
     Raises InputError before any work for unknown names, bad values and lengths the model does not have.
     """
     configs = configurations(methods, budgets)
-    chosen = [get_task(t) if isinstance(t, str) else t for t in tasks]
+    chosen = default_tasks() if tasks is None else [get_task(t) if isinstance(t, str) else t for t in tasks]
     if not chosen or not lengths or samples < 1:
         raise InputError("nothing to compare: give at least one task, one length and one sample")
     _check_model(model)
@@ -151,7 +155,9 @@ def compare(
 def _check_model(model) -> None:
     for name, weight in model.named_parameters():
         if not bool(torch.isfinite(weight.sum())):
-            raise InputError(f"the weights of '{name}' hold NaN or infinite numbers: load the model anew from an intact file")
+            raise InputError(
+                f"the weights of '{name}' hold NaN or infinite numbers: load the model anew from an intact file"
+            )
 
 
 class _Run:
@@ -203,8 +209,10 @@ class _Run:
             "notes": [
                 "Questions are asked after compression.",
                 "Bytes are of allocated cache tensors after the prompt was read, token ids and statistics included.",
-                "Prefill, decode, peak memory and perplexity are of one sequence alone at the longest length; on a shared machine compare ratios only.",
-                "For passkey and needle n counts questions (95 % Wilson interval), for perplexity predicted tokens (95 % bootstrap interval).",
+                "Prefill, decode, peak memory and perplexity are of one sequence alone at the longest length; on a shared "
+                "machine compare ratios only.",
+                "For passkey and needle n counts questions (95 % Wilson interval), for perplexity predicted tokens (95 % "
+                "bootstrap interval).",
             ],
         }
 
@@ -291,7 +299,9 @@ class _Run:
                 targets = sample.target if task.kind == "nll" else sample.question[1:]
                 with attach(self.model, c.method) as session, Memory(self.device) as memory:
                     start = now(self.device)
-                    store = self.model(torch.tensor([sample.context], device=self.device), logits_to_keep=1).past_key_values
+                    store = self.model(
+                        torch.tensor([sample.context], device=self.device), logits_to_keep=1
+                    ).past_key_values
                     reading.append(now(self.device) - start)
                     if task.kind == "nll":
                         self._bytes(c, task, sample, store)
@@ -402,7 +412,7 @@ def answer(model, store: Store, questions: Sequence[Sequence[int]], most: int, s
 def follow(model, store: Store, tokens: Sequence[int], device: torch.device) -> tuple[list[float], list[float]]:
     """Feed tokens one by one; nats of each next token given those before, and the seconds of each step."""
     losses, times = [], []
-    for token, target in zip(tokens, tokens[1:], strict=False):
+    for token, target in pairwise(tokens):
         start = now(device)
         logits = model(torch.tensor([[token]], device=device), past_key_values=store).logits[0, -1]
         times.append(now(device) - start)
@@ -439,4 +449,4 @@ def _median(x: list[float]) -> float:
     return x[len(x) // 2]
 
 
-__all__ = ["BUDGETS", "LENGTHS", "METHODS", "TASKS", "Comparison", "Record", "answer", "compare", "configurations", "follow"]
+__all__ = ["BUDGETS", "LENGTHS", "METHODS", "Comparison", "Record", "answer", "compare", "configurations", "follow"]
