@@ -1,13 +1,13 @@
 """Decode and prefill on a CPU against dense SDPA in the same run: `python -m benchmarks.cpu_decode [--length 4096]`.
 
-Every method reads the same text; then all of them decode in turns, one step each, so that a busy machine slows all alike. Reported are medians
-and the ratio to stock transformers (SDPA with its DynamicCache). Writes benchmarks/results/cpu-decode-<date>.json.
+Every method reads the same text; then all of them decode in turns, one step each, so that a busy machine slows all alike.
+Reported are medians and the ratio to stock transformers (SDPA with its DynamicCache, same process, same tokens). Writes
+benchmarks/results/cpu-decode-<date>.json.
 """
 
 import argparse
 import datetime
 import json
-import platform
 import statistics
 import sys
 import time
@@ -17,6 +17,7 @@ import torch
 import transformers
 
 import foveal
+from foveal.compare.measure import hardware
 from foveal.data import book
 
 METHODS = [
@@ -102,7 +103,7 @@ def main() -> None:
         "model": model.name_or_path,
         "length": args.length,
         "steps": args.steps,
-        "cpu": platform.processor() or platform.machine(),
+        "hardware": hardware(torch.device("cpu")),
         "threads": torch.get_num_threads(),
         "versions": {
             "foveal": foveal.__version__,

@@ -56,7 +56,7 @@ def compare(
 ) -> None:
     """Which method, at which budget, costs what on this model: scores, resident bytes, memory and speed in one run."""
     from .compare.report import headline, write_report
-    from .compare.run import BUDGETS, LENGTHS, METHODS, configurations, default_tasks
+    from .compare.run import BUDGETS, LENGTHS, METHODS, SAMPLES, configurations, default_tasks
     from .compare.run import compare as run
     from .compare.table import rich_table
     from .tasks import get_task
@@ -81,7 +81,7 @@ def compare(
         result = run(
             *loaded,
             **chosen,
-            samples=samples or 5,
+            samples=samples or SAMPLES,
             seed=seed,
             command=command,
             progress=lambda line, share: progress.update(bar, description=line, completed=share),

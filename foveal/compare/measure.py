@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
+import ctypes
+import gc
 import math
 import os
 import platform
 import random
+import sys
 import threading
 import time
 from collections.abc import Sequence
@@ -27,6 +31,7 @@ class Memory:
         if self.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(self.device)
         else:
+            _give_back()
             self.peak = resident()
             self._thread = threading.Thread(target=self._watch, daemon=True)
             self._thread.start()
@@ -42,6 +47,14 @@ class Memory:
     def _watch(self) -> None:
         while not self._stop.wait(0.02):
             self.peak = max(self.peak, resident())
+
+
+def _give_back() -> None:
+    """Return freed memory to the system, so that what follows is measured and not what came before."""
+    gc.collect()
+    if sys.platform == "linux":
+        with contextlib.suppress(OSError, AttributeError):
+            ctypes.CDLL("libc.so.6").malloc_trim(0)
 
 
 def resident() -> int:

@@ -36,6 +36,7 @@ from .measure import Memory, bootstrap, hardware, now, wilson
 METHODS = ("streaming-llm", "h2o", "scissorhands", "razor", "duo", "quest")
 BUDGETS = (0.5, 0.25)
 LENGTHS = (512, 1024)
+SAMPLES = 4
 TOGETHER = 10  # questions answered as one batch
 
 
@@ -121,8 +122,8 @@ def configurations(names: Sequence[str | Method], budgets: Sequence[Budget]) -> 
 
 
 def default_tasks() -> list[Task]:
-    """What two cores can ask in minutes: five passkeys, five needles in one document, 32 tokens of a novel."""
-    return [get_task("passkey"), get_task("needle", per_context=5), get_task("perplexity", max_new_tokens=32)]
+    """What two cores can ask in minutes: passkeys, needles that share one document, 24 tokens of a novel."""
+    return [get_task("passkey"), get_task("needle", per_context=4), get_task("perplexity", max_new_tokens=24)]
 
 
 def compare(
@@ -132,7 +133,7 @@ def compare(
     tasks: Sequence[str | Task] | None = None,
     budgets: Sequence[Budget] = BUDGETS,
     lengths: Sequence[int] = LENGTHS,
-    samples: int = 5,
+    samples: int = SAMPLES,
     seed: int = 0,
     progress: Callable[[str, float], None] | None = None,
     command: str = "",
@@ -219,8 +220,8 @@ class _Run:
     # ------------------------------------------------------------------ order of work
 
     def _count(self, task: Task) -> int:
-        """Questions to ask, or texts to go on with: one text for every five questions."""
-        return self.samples if task.kind == "generate" else max(1, self.samples // 5)
+        """Questions to ask, or texts to go on with: one text for every four questions."""
+        return self.samples if task.kind == "generate" else max(1, self.samples // 4)
 
     def _all(self) -> None:
         jobs = list(self._jobs())
