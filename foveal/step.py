@@ -52,6 +52,7 @@ class Pass:
         self.state: dict[str, Any] = {}
         self.key: dict[int, Hashable] = {}
         self.added: list[int] = [length] * len(self.counts)  # real tokens of each sequence in this pass
+        self.returns_store = True  # False: the caller asked for no cache, so none is handed out
         self._token: Tensor | None = None
         self.read = self.held = 0
 
@@ -270,10 +271,13 @@ class Step:
 
     # ------------------------------------------------------------------ choosing
 
-    def top(self, scores: Tensor, k: int, keep_sinks: int = 0, keep_recent: int = 0) -> Tensor:
-        """The k best past slots of each row, [batch, kv_heads or heads, k], -1 where a row has fewer.
+    def top(
+        self, scores: Tensor, k: int, allowed: int | Tensor | None = None, keep_sinks: int = 0, keep_recent: int = 0
+    ) -> Tensor:
+        """The k best past slots of each row in any order, [batch, kv_heads or heads, k], -1 where a row has fewer.
 
-        scores: [batch, kv_heads or heads, T].  keep_sinks, keep_recent: the oldest and newest tokens that are always among the k.
+        scores: [batch, kv_heads or heads, T].  allowed: fewer than k for some sequences, [batch, 1].  keep_sinks,
+        keep_recent: the oldest and newest tokens that are always among the k.
         """
         token = self.per_head_like(self.token, scores.shape[1])
         first = self.pass_.token(self.device)
@@ -282,8 +286,10 @@ class Step:
         if keep_sinks or keep_recent:
             protected = (token < keep_sinks) | ((token >= first - keep_recent) & (token < first))
             scores = scores.masked_fill(protected & (scores > -math.inf), math.inf)
-        best, slots = scores.topk(min(k, scores.shape[2]), dim=2)
-        return slots.where(best > -math.inf, -1)
+        by_rank = isinstance(allowed, Tensor)  # an order is needed only there, and costs as much as the choice
+        best, slots = scores.topk(min(k, scores.shape[2]), dim=2, sorted=by_rank)
+        slots = slots.where(best > -math.inf, -1)
+        return self.ranked(slots, allowed) if by_rank else slots
 
     def oldest(self, after: int = 0) -> Tensor:
         """The slot of the oldest key with a token id of at least `after`, [batch, kv_heads]."""

@@ -64,7 +64,8 @@ def attend_ragged(
 def attend_rows(q: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
     """The plain case of `attend_ragged`: every key visible, nothing but the output wanted. Shapes as there."""
     if q.is_cuda:
-        return torch.nn.functional.scaled_dot_product_attention(q[None], key[None], value[None], scale=scale)[0]
+        out = torch.nn.functional.scaled_dot_product_attention(q[None], key[None], value[None], scale=scale)
+        return out[0].contiguous()  # some of its kernels return heads and queries swapped in memory
     z = torch.bmm(q * scale, key.mT)
     return torch.bmm(torch.softmax(z, -1, dtype=wide(z.dtype)).to(value.dtype), value)
 

@@ -33,4 +33,4 @@ class TopK(Method):
         if most >= step.T:
             return All()
         mass = step.group(step.scores()[:, :, 0].softmax(-1), "mean")
-        return Tokens(step.ranked(step.top(mass, most - 1), step.budget(self.budget) - 1))
+        return Tokens(step.top(mass, most - 1, step.budget(self.budget) - 1))
