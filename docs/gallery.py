@@ -20,7 +20,8 @@ INTRODUCTION = """\
 
 Every method answers one or more of the [four questions](../attach.md#the-four-questions); they are grouped here by the
 main one. The paper and the claim are quoted from the method's file: a claim is what its authors report, not a
-measurement made here. Write `name(parameter=value)` wherever a method is asked for, and join with `|`.
+measurement made here. A number in brackets after a paper is its place in the list that Foveal works through. Write
+`name(parameter=value)` wherever a method is asked for, and join with `|`.
 """
 
 

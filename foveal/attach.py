@@ -9,10 +9,12 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
 from transformers.cache_utils import Cache, DynamicCache, DynamicLayer
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, causal_mask_function
+from transformers.utils import ModelOutput
 
 from .attention import foveal_attention
 from .cache import ACTIVE, Store
@@ -86,8 +88,8 @@ def _refuse_model(model: PreTrainedModel, config) -> None:
 def attach(model: PreTrainedModel, method: Method | str | None = None) -> Session:
     """Put a method on a model; use as `with foveal.attach(model, method) as session:` or with `foveal.detach(model)`.
 
-    method: a Method, a composition `a | b`, a name or specification like "h2o(budget=0.25)", or None for the plain path, whose logits are the
-    model's own. On leaving, the model is as it was, also after an exception.
+    method: a Method, a composition `a | b`, a name or specification like "h2o(budget=0.25)", or None for the plain path, whose
+    logits are the model's own. On leaving, the model is as it was, also after an exception.
     Raises UnsupportedModel where the model cannot meet a need, InputError for bad values; nothing has changed then.
     """
     if isinstance(method, str):
@@ -162,38 +164,56 @@ class Session:
     def _enter(self, decoder: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
         names = ("input_ids", "attention_mask", "position_ids", "past_key_values", "inputs_embeds")
         kwargs = {**dict(zip(names, args, strict=False)), **kwargs}
-        if decoder.training and getattr(decoder, "is_gradient_checkpointing", False):
+        if decoder.training and any(getattr(m, "gradient_checkpointing", False) for m in decoder.modules()):
             raise InputError("gradient checkpointing runs attention twice and cannot be attached: switch it off first")
-        store = self._cache(kwargs.get("past_key_values"))
-        kwargs["past_key_values"] = self.store = store
+        given = kwargs.get("past_key_values")
+        store = self._cache(given)
+        kwargs["past_key_values"] = store
         x = kwargs.get("input_ids") if kwargs.get("input_ids") is not None else kwargs.get("inputs_embeds")
         if x is None:
             raise InputError("the model was called without input_ids or inputs_embeds: give one of them")
         if x.shape[1] == 0 or x.shape[0] == 0:
             raise InputError("the prompt is empty: give at least one token")
         pass_ = self._pass(store, kwargs, x.shape[0], x.shape[1])
+        _place(store, pass_, kwargs, x.device)
+        self.store = store
+        pass_.returns_store = given is not None or _wants_cache(kwargs, self.config)
         self._tokens.append(ACTIVE.set(pass_))
         for sub in pass_.parts or [pass_]:
             for i, m in enumerate(iterate(self.method)):
                 sub.key[i] = m.begin(sub)
         return (), kwargs
 
-    def _leave(self, decoder: nn.Module, args: tuple, output: Any) -> None:
+    def _leave(self, decoder: nn.Module, args: tuple, output: Any) -> Any:
         pass_ = ACTIVE.get()
         if pass_ is None or pass_.session is not self or not self._tokens:
-            return
+            return None
         ACTIVE.reset(self._tokens.pop())
-        if output is None:  # the forward pass raised: its store is not usable any more
-            return
+        if output is None:  # the forward pass raised: some layers hold its keys, others do not
+            pass_.store.owner = None
+            return None
         if pass_.held:
             self.read_share = pass_.read / pass_.held
         pass_.store.counts = [c + n for c, n in zip(pass_.counts, pass_.added, strict=True)]
-        for m in iterate(self.method):
-            if "end" in m.asks:
-                m.end(pass_)
+        if self.method is not None and "end" in self.method.asks:
+            self._end(pass_)
+        return None if pass_.returns_store else _without_store(output, pass_.store)
+
+    def _end(self, pass_: Pass) -> None:
+        """After the last layer; like every other hook of a prefill, once for each sequence with its own state."""
+        store, parts = pass_.store, pass_.parts or [pass_]
+        pieces = [store.take([b]) for b in range(len(parts))] if len(parts) > 1 else [store]
+        for part, piece in zip(parts, pieces, strict=True):
+            part.store = piece
+            for m in iterate(self.method):
+                m.end(part)
+        if len(pieces) > 1:
+            store.layers = Store.join(pieces).layers
 
     def _cache(self, given: Cache | None) -> Store:
         if isinstance(given, Store):
+            if given.owner is None:
+                raise InputError("a forward pass failed half-way through this cache: start with an empty cache")
             if given.owner != self.signature:
                 raise InputError(
                     "this cache was filled by another method or model: start with an empty cache after attaching"
@@ -285,6 +305,30 @@ class Session:
 
     def __exit__(self, *exc: object) -> None:
         self.close()
+
+
+def _wants_cache(kwargs: dict, config: Any) -> bool:
+    use_cache = kwargs.get("use_cache")
+    return bool(getattr(config, "use_cache", True) if use_cache is None else use_cache)
+
+
+def _without_store(output: Any, store: Store) -> Any:
+    """What a caller who wants no cache gets: `generate` would read the whole text again on top of the one it got back."""
+    if isinstance(output, ModelOutput):
+        return type(output)(**{name: x for name, x in output.items() if x is not store})
+    return tuple(x for x in output if x is not store) if isinstance(output, tuple) else output
+
+
+def _place(store: Store, pass_: Pass, kwargs: dict, device: torch.device) -> None:
+    """Sequences that joined or left a batch stand at their own positions, where the model would count columns of the batch."""
+    if kwargs.get("position_ids") is not None:
+        return
+    if any(c is not None for c in pass_.columns):
+        store.by_column = True  # this prompt's positions count its pads, so those of its next tokens must
+    apart = set(store.counts) - {store.get_seq_length()}
+    if apart and not store.by_column and kwargs.get("attention_mask") is None:
+        first = torch.tensor(store.counts, device=device)
+        kwargs["position_ids"] = first[:, None] + torch.arange(pass_.length, device=device)
 
 
 def _real_columns(mask: Tensor | None, batch: int, length: int, decode: bool) -> list[Tensor | None]:

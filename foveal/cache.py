@@ -75,6 +75,7 @@ class Store(Cache):
         super().__init__(layers=layers)
         self.managed = tuple(managed)
         self.counts: list[int] = []  # real tokens seen by each sequence
+        self.by_column = False  # positions count columns, pads too: a padded prompt came without position_ids
 
     # ------------------------------------------------------------------ what a person asks
 
@@ -148,6 +149,7 @@ class Store(Cache):
         stores = [s for s in stores if s.counts] or stores[:1]
         new = stores[0]._shell()
         new.counts = [n for s in stores for n in s.counts]
+        new.by_column = any(s.by_column for s in stores)
         for i, layer in enumerate(new.layers):
             parts = [s.layers[i] for s in stores]
             if isinstance(layer, StoreLayer):
@@ -210,7 +212,7 @@ class Store(Cache):
                 layer.crop(-n)
 
     def reset(self) -> None:
-        self.counts = []
+        self.counts, self.by_column = [], False
         for layer in self.layers:
             if isinstance(layer, StoreLayer):
                 layer.rows.reset()

@@ -3,25 +3,44 @@
 from __future__ import annotations
 
 import json
-import os
 import sys
+import tempfile
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 
 from .errors import FovealError, InputError
 
+if TYPE_CHECKING:
+    from .method import Method
+
+console, errors = Console(), Console(stderr=True)
+
+
+class Commands(typer.core.TyperGroup):
+    """Says that it was stopped, which Typer by itself would not."""
+
+    def invoke(self, ctx):
+        try:
+            return super().invoke(ctx)
+        except KeyboardInterrupt:
+            errors.print("stopped; nothing was written")
+            raise typer.Exit(130) from None
+
+
 app = typer.Typer(
+    cls=Commands,
     help="See what attention does, spend less of it, correct it: every method as a small file, any two compared in one run.",
     no_args_is_help=True,
     pretty_exceptions_enable=False,
     add_completion=False,
+    epilog="Errors end in one sentence and exit code 2; add --debug to any command to see where one came from.",
 )
-console, errors = Console(), Console(stderr=True)
 
 Model = Annotated[
     str | None, typer.Argument(help="Hugging Face id or local folder; default: SmolLM2-135M-Instruct, fetched once.")
@@ -65,15 +84,15 @@ def compare(
     chosen = {
         "methods": _split(methods, "methods") or METHODS,
         "tasks": [get_task(t) for t in _split(tasks, "tasks")] or default_tasks(),
-        "budgets": [_budget(b) for b in _split(budgets, "budgets")] or defaults[1],
+        "budgets": [_budget(b, "--budgets") for b in _split(budgets, "budgets")] or defaults[1],
         "lengths": [_whole(n, "lengths") for n in _split(lengths, "lengths")] or defaults[0],
     }
     if samples is not None and samples < 1:
-        raise InputError(f"--samples {samples}: ask at least one question")
+        raise InputError(f"--samples {samples}: ask for at least one question")
     configurations(chosen["methods"], chosen["budgets"])  # bad names and values are told before the model is loaded
-    json_path = json_path or out / "results.json"
-    _check_writable(out)
-    _check_writable(json_path.parent)
+    json_path, page = json_path or out / "results.json", out / "report.html"
+    _check_writable(page, "--out")
+    _check_writable(json_path, "--json" if json_path.parent != out else "--out")
     loaded = _load(model, device, dtype)
     command = " ".join(["foveal", *(f'"{a}"' if " " in a or "|" in a or "(" in a else a for a in sys.argv[1:])])
     with _progress() as progress:
@@ -88,12 +107,13 @@ def compare(
         )
     results = result.to_dict()
     result.save_json(json_path)
-    write_report(results, out / "report.html")
+    out.mkdir(parents=True, exist_ok=True)
+    write_report(results, page)
     console.print(rich_table(results))
-    console.print(headline(results), highlight=False)
+    console.print(headline(results), highlight=False, markup=False)
     if result.meta["interrupted"]:
         errors.print("[yellow]Stopped before the end: the table and files hold what was measured until then.[/]")
-    console.print(f"wrote {json_path} and {out / 'report.html'}", highlight=False, soft_wrap=True)
+    console.print(f"wrote {json_path} and {page}", highlight=False, markup=False, soft_wrap=True)
     if result.meta["interrupted"]:
         raise typer.Exit(130)
 
@@ -115,12 +135,13 @@ def generate(
     from . import attach, get_method
     from .tasks.task import encode
 
-    chosen = None
-    if method != "dense":
-        chosen = get_method(method) if budget is None else get_method(method, budget=_budget(budget))
+    params = {} if budget is None else {"budget": _budget(budget, "--budget")}
+    if method == "dense" and params:
+        raise InputError("dense attention keeps everything and takes no --budget: name a method with --method")
+    chosen = None if method == "dense" else get_method(method, **params)
     if tokens < 1:
         raise InputError(f"--tokens {tokens}: ask for at least one token")
-    text = sys.stdin.read() if prompt == "-" else prompt
+    text = sys.stdin.buffer.read().decode(errors="replace") if prompt == "-" else prompt
     if not text.strip():
         raise InputError("the prompt is empty: give at least one word")
     network, tokenizer = _load(model, device, dtype)
@@ -134,6 +155,7 @@ def generate(
         ids = encode(tokenizer, text)
     else:
         ids = encode(tokenizer, text, special=True)
+    _check_fits(network, chosen, len(ids), tokens)
     with attach(network, chosen) as session:
         network.generate(
             torch.tensor([ids], device=network.device),
@@ -178,7 +200,7 @@ def list_methods(
         table.add_column(column, overflow="fold")
     for r in rows:
         params = ", ".join(f"{k}={v}" for k, v in r["params"].items())
-        table.add_row(r["name"], ", ".join(r["questions"]), params, r["paper"])
+        table.add_row(*map(escape, (r["name"], ", ".join(r["questions"]), params, r["paper"])))
     console.print(table)
 
 
@@ -196,7 +218,7 @@ def heads(
     from .heads import heat_map, roles_for, roles_path
 
     if out is not None:
-        _check_writable(out.parent)
+        _check_writable(out, "--out")
     network, tokenizer = _load(model, device, dtype)
     roles = None
     if not calibrate:
@@ -213,7 +235,7 @@ def heads(
         out = out or roles_path(network)
     console.print(heat_map(roles, score))
     if out is not None:
-        console.print(f"wrote {roles.save(out)}", highlight=False, soft_wrap=True)
+        console.print(f"wrote {roles.save(out)}", highlight=False, markup=False, soft_wrap=True)
 
 
 # ---------------------------------------------------------------------- shared
@@ -254,14 +276,14 @@ def _split(text: str | None, name: str) -> list[str]:
     return parts
 
 
-def _budget(text: str) -> float | int:
+def _budget(text: str, option: str) -> float | int:
     from .method import check_budget
 
     try:
-        value = float(text) if any(c in text for c in ".eE%") else int(text)
+        value = float(text) if any(c in text for c in ".eE") else int(text)
     except ValueError:
         value = text
-    check_budget(value, "--budgets")
+    check_budget(value, option)
     return value
 
 
@@ -271,13 +293,33 @@ def _whole(text: str, name: str) -> int:
     return int(text)
 
 
-def _check_writable(folder: Path) -> None:
-    """Raise before any work when results could not be written; leaves nothing behind."""
-    nearest = folder.absolute()
-    while not nearest.exists():
-        nearest = nearest.parent
-    if not nearest.is_dir() or not os.access(nearest, os.W_OK):
-        raise InputError(f"cannot write to {folder}: {nearest} is not a writable folder; choose another with --out")
+def _check_writable(file: Path, option: str) -> None:
+    """Raise before any work when `file` could not be written; leaves nothing behind."""
+    if file.is_dir():
+        raise InputError(f"cannot write {file}: it is a folder; name another place with {option}")
+    nearest = file.absolute().parent
+    try:
+        while not nearest.exists():
+            nearest = nearest.parent
+        with tempfile.TemporaryFile(dir=nearest):  # permissions alone do not tell: the disk may be read-only or full
+            pass
+    except OSError as e:
+        reason = (e.strerror or str(e)).lower()
+        raise InputError(
+            f"cannot write {file}: {nearest} takes no new files ({reason}); name another place with {option}"
+        ) from e
+
+
+def _check_fits(network, method: Method | None, prompt: int, more: int) -> None:
+    """Raise where the prompt and what is to be generated pass the model's positions."""
+    limit = getattr(network.config.get_text_config(), "max_position_embeddings", None)
+    beyond = method is not None and any(getattr(m, "unbounded", False) for m in method.parts)
+    # The last token generated is never read.
+    if limit is not None and not beyond and prompt + more - 1 > limit:
+        raise InputError(
+            f"the prompt has {prompt:,} tokens and --tokens asks for {more:,} more, but the model has {limit:,} positions: "
+            "shorten the prompt or lower --tokens"
+        )
 
 
 def _plain(value: object) -> object:
@@ -291,22 +333,23 @@ def main() -> None:
         sys.argv.remove("--debug")
     try:
         app()
-    except KeyboardInterrupt:
-        errors.print("stopped; nothing was written")
-        sys.exit(130)
     except Exception as e:
         sentence = _sentence(e)
         if debug or sentence is None:
             raise
-        errors.print(f"[red]error:[/] {sentence}", highlight=False, soft_wrap=True)
+        errors.print(f"[red]error:[/] {escape(sentence)}", highlight=False, soft_wrap=True)
         sys.exit(2)
 
 
 def _sentence(e: Exception) -> str | None:
+    from .compare.measure import out_of_memory
+
     if isinstance(e, FovealError):
         return str(e)
-    if isinstance(e, MemoryError) or type(e).__name__ == "OutOfMemoryError" or "not enough memory" in str(e):
+    if out_of_memory(e):
         return "out of memory: use a shorter text, a smaller model or another --device"
+    if isinstance(e, OSError) and e.strerror:
+        return f"{e.filename or 'a file'}: {e.strerror.lower()}; check the path, its permissions and the free space"
     return None
 
 

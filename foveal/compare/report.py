@@ -12,7 +12,7 @@ import tempfile
 from dataclasses import asdict
 from pathlib import Path
 
-from foveal.compare.table import Row, lengths_of, markdown_table, percent, summary_rows
+from foveal.compare.table import Row, amount, lengths_of, markdown_table, percent, summary_rows
 from foveal.errors import InputError
 
 STATIC = Path(__file__).with_name("static")
@@ -101,7 +101,7 @@ def _best_shrinking(rows: list[Row]) -> list[str]:
     good = [b for b, r in best.items() if r.quality >= GOOD]
     budget = min(good) if good else max(best)
     row = best[budget]
-    text = f"At {percent(budget)} of the cache, {row.series} keeps {_kept(row)} of dense's score"
+    text = f"At {amount(budget)} of the cache, {row.series} keeps {_kept(row)} of dense's score"
     if abs(row.kv_share - budget) > 0.02:
         text += f" with {percent(row.kv_share)} of the bytes resident"
     others = sorted((r for r in rows if r.budget == budget and r is not row), key=lambda r: -r.quality)
@@ -115,7 +115,7 @@ def _best_shrinking(rows: list[Row]) -> list[str]:
         sentences.append(f"No method kept {percent(GOOD)} at any budget tried.")
     elif min(best) < budget:
         least = best[min(best)]
-        sentences.append(f"At {percent(least.budget)} the best is {least.series} with {percent(least.quality)}.")
+        sentences.append(f"At {amount(least.budget)} the best is {least.series} with {percent(least.quality)}.")
     return sentences
 
 

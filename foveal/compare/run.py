@@ -7,17 +7,13 @@ and memory come from runs of their own, one sequence at a time, so that nothing 
 
 from __future__ import annotations
 
-import json
 import math
 import platform
-import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
 from datetime import UTC, datetime
-from itertools import pairwise
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -27,11 +23,13 @@ from .. import __version__
 from ..attach import Session, attach
 from ..cache import Store
 from ..errors import FovealError, InputError
-from ..hub import model_identity
-from ..method import Budget, Method, check_budget, get_method, methods
+from ..hub import check_weights, model_identity
+from ..method import Budget, Method, check_budget, check_count, get_method, methods
 from ..replay import Recording, can_replay, record
 from ..tasks import Sample, Task, get_task
-from .measure import Memory, bootstrap, hardware, now, wilson
+from .drive import answer, follow
+from .measure import Memory, bootstrap, hardware, now, out_of_memory, wilson
+from .records import Comparison, Record
 
 METHODS = ("streaming-llm", "h2o", "scissorhands", "razor", "duo", "quest")
 BUDGETS = (0.5, 0.25)
@@ -40,58 +38,9 @@ SAMPLES = 4
 TOGETHER = 10  # questions answered as one batch
 
 
-@dataclass
-class Record:
-    """One measurement: a method at a budget on a task at a length. Bytes and seconds are for one sequence."""
-
-    method: str
-    params: dict[str, Any]
-    task: str
-    length: int
-    budget: Budget | None
-    score: float | None = None
-    score_low: float | None = None
-    score_high: float | None = None
-    better: str = "higher"
-    n: int = 0
-    kv_bytes: int | None = None
-    kv_bytes_dense: int | None = None
-    kv_read_share: float | None = None
-    peak_bytes: int | None = None
-    prefill_s: float | None = None
-    decode_tok_s: float | None = None
-    status: str = "ok"
-    error: str | None = None
-    grid: list[dict] = field(default_factory=list)
-
-
-@dataclass
-class Comparison:
-    """Everything one run measured; `meta` says how, `records` what."""
-
-    meta: dict[str, Any]
-    records: list[Record]
-
-    def to_dict(self) -> dict:
-        return {"meta": self.meta, "records": [asdict(r) for r in self.records]}
-
-    def save_json(self, path: str | Path) -> None:
-        """Write all of it as JSON, whole or not at all."""
-        path = Path(path)
-        text = json.dumps(self.to_dict(), indent=1, allow_nan=False) + "\n"
-        try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            with tempfile.TemporaryDirectory(dir=path.parent) as folder:
-                whole = Path(folder) / path.name
-                whole.write_text(text)
-                whole.replace(path)
-        except OSError as e:
-            raise InputError(f"cannot write {path}: {e.strerror or e}; choose another folder") from e
-
-
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Config:
-    """One line of the table: a method with its parameters, or the dense model."""
+    """One line of the table: a method with its parameters, or the dense model. (By identity: budgets 1 and 1.0 are two.)"""
 
     name: str
     method: Method | None
@@ -106,8 +55,14 @@ def configurations(names: Sequence[str | Method], budgets: Sequence[Budget]) -> 
     """Dense first, then every method at every budget it takes. Raises InputError for unknown names and bad budgets."""
     for b in budgets:
         check_budget(b)
+    if not budgets:
+        raise InputError("nothing to compare: give at least one budget, like 0.25")
     out = [Config("dense", None, 1.0)]
     for name in names:
+        if not isinstance(name, str | Method):
+            raise InputError(
+                f"expected the name of a method or a Method, got {name!r:.80}; `foveal methods` lists them"
+            )
         if name == "dense":
             continue
         if isinstance(name, Method):
@@ -118,7 +73,7 @@ def configurations(names: Sequence[str | Method], budgets: Sequence[Budget]) -> 
             out.append(Config(name, get_method(name), None))
         else:
             out += [Config(name, get_method(name, budget=b), b) for b in budgets]
-    return out
+    return list({(c.name, repr(c.method)): c for c in out}.values())  # asked twice, measured once
 
 
 def default_tasks() -> list[Task]:
@@ -140,25 +95,26 @@ def compare(
 ) -> Comparison:
     """Run methods x budgets x tasks x lengths on a model and return all measurements.
 
-    tasks: names or tasks; default `default_tasks()`. samples: questions per task and length. progress: called with a line and the share done. A
-    failing configuration is reported in its records and does not stop the rest; Ctrl-C returns what was measured, marked so.
-    Raises InputError before any work for unknown names, bad values and lengths the model does not have.
+    tasks: names or tasks; default `default_tasks()`. samples: questions per task and length. progress: called with a line
+    and the share done. A failing configuration is reported in its records and does not stop the rest; Ctrl-C returns what
+    was measured, marked so. Raises InputError before any work for unknown names, bad values, weights that are not finite
+    and lengths the model does not have, UnsupportedModel for a model that cannot be attached.
     """
     configs = configurations(methods, budgets)
-    chosen = default_tasks() if tasks is None else [get_task(t) if isinstance(t, str) else t for t in tasks]
-    if not chosen or not lengths or samples < 1:
-        raise InputError("nothing to compare: give at least one task, one length and one sample")
-    _check_model(model)
-    run = _Run(model, tokenizer, configs, chosen, sorted(lengths), samples, seed, progress, command)
+    chosen = default_tasks() if tasks is None else [t if isinstance(t, Task) else get_task(t) for t in tasks]
+    if not chosen or not lengths:
+        raise InputError("nothing to compare: give at least one task and one length")
+    for name, values in (("samples", [samples]), ("lengths", lengths)):
+        for value in values:
+            check_count(name, value, 1)
+    if len({t.name for t in chosen}) < len(chosen):
+        raise InputError(
+            f"expected each task once, got {', '.join(t.name for t in chosen)}; compare variants in two runs"
+        )
+    check_weights(model)
+    attach(model).close()  # a model that cannot be attached is refused before any work
+    run = _Run(model, tokenizer, configs, chosen, sorted(set(lengths)), samples, seed, progress, command)
     return run()
-
-
-def _check_model(model) -> None:
-    for name, weight in model.named_parameters():
-        if not bool(torch.isfinite(weight.sum())):
-            raise InputError(
-                f"the weights of '{name}' hold NaN or infinite numbers: load the model anew from an intact file"
-            )
 
 
 class _Run:
@@ -191,6 +147,9 @@ class _Run:
             self.interrupted = True
         self.meta["elapsed_s"] = round(time.perf_counter() - start, 1)
         self.meta["interrupted"] = self.interrupted
+        for c in self.configs:
+            for task, length in self.cells:
+                self._record(c, task, length)
         return Comparison(self.meta, [self._close(key, r) for key, r in self.records.items()])
 
     def _meta(self, command: str) -> dict[str, Any]:
@@ -228,7 +187,8 @@ class _Run:
         weights = [w for w, _, _ in jobs]
         done, total = 0.0, sum(weights)
         for weight, line, job in jobs:
-            self.progress(line, done / total)
+            if line:
+                self.progress(line, done / total)
             job()
             done += weight
         self.progress("done", 1.0)
@@ -256,7 +216,9 @@ class _Run:
     def _read(self, document: tuple[int, ...], reading: dict) -> None:
         ids = torch.tensor([document], device=self.device)
         replayed = [c.method for c in self.configs if can_replay(c.method)]
-        reading[document] = record(self.model, ids, replayed)
+        # Where one method spoils the shared reading, each reads for itself and answers for its own failure.
+        with suppress(Exception):
+            reading[document] = record(self.model, ids, replayed)
 
     # ------------------------------------------------------------------ questions
 
@@ -271,14 +233,19 @@ class _Run:
                         self._bytes(c, task, sample, seen[sample.context])
                     stores.append(seen[sample.context].fork())
                 most = max(t.max_new_tokens for t, _ in chunk)
-                answers = answer(self.model, Store.join(stores), [s.question for _, s in chunk], most, self._stops())
+                # Layers with a window cannot hold questions of different lengths: there each is answered alone.
+                size = 1 if len(stores[0].managed) < len(stores[0].layers) else len(stores)
+                answers = []
+                for i in range(0, len(stores), size):
+                    questions = [s.question for _, s in chunk[i : i + size]]
+                    answers += answer(self.model, Store.join(stores[i : i + size]), questions, most, self._stops())
                 self._reads(c, lengths, session)
             for (task, sample), ids in zip(chunk, answers, strict=True):
                 text = self.tokenizer.decode(ids[: task.max_new_tokens], skip_special_tokens=True)
                 self._note(c, task, sample, task.score(sample, text))
 
     def _store(self, session: Session, context: tuple[int, ...], reading: dict[tuple, Recording]) -> Store:
-        if can_replay(session.method):
+        if context in reading and can_replay(session.method):
             return reading[context].replay(session)[0]
         return self.model(torch.tensor([context], device=self.device), logits_to_keep=1).past_key_values
 
@@ -313,7 +280,8 @@ class _Run:
                 if task.kind == "nll":
                     task.score(sample, losses)
                     self.found.setdefault((c, task.name, length), []).extend((sample, x) for x in losses)
-            speed = {"prefill_s": _median(reading), "decode_tok_s": 1 / _median(stepping), "peak_bytes": max(peaks)}
+            pace = 1 / _median(stepping) if stepping else None  # one token alone tells no speed
+            speed = {"prefill_s": _median(reading), "decode_tok_s": pace, "peak_bytes": max(peaks)}
             for task in self.tasks:
                 r = self._record(c, task.name, length)
                 for name, value in speed.items():
@@ -358,8 +326,8 @@ class _Run:
         binary = all(s in (0.0, 1.0) for s in scores) and r.better == "higher"
         interval = wilson(math.fsum(scores), r.n) if binary else bootstrap(scores, self.seed)
         if r.task == "perplexity":
-            r.score = math.exp(r.score)
-            interval = None if interval is None else tuple(map(math.exp, interval))
+            r.score = math.exp(min(r.score, 700))  # e^709 is the largest float; such a model predicts nothing anyway
+            interval = None if interval is None else tuple(math.exp(min(x, 700)) for x in interval)
         r.score_low, r.score_high = interval or (None, None)
         for depth in sorted({s.depth for s, _ in found if s.depth is not None}):
             here = [score for s, score in found if s.depth == depth]
@@ -378,54 +346,9 @@ class _Run:
 
 
 def _explain(error: Exception) -> str:
-    if isinstance(error, torch.OutOfMemoryError | MemoryError) or "not enough memory" in str(error):
+    if out_of_memory(error):
         return "out of memory: use a smaller --lengths or a smaller model"
     return str(error) if isinstance(error, FovealError) else f"{type(error).__name__}: {error}"
-
-
-# ---------------------------------------------------------------------- driving a model
-
-
-def answer(model, store: Store, questions: Sequence[Sequence[int]], most: int, stops: set[int]) -> list[list[int]]:
-    """Greedy answers of a batch whose contexts are in `store`: token ids, ended before a stop token."""
-    device, batch, width = model.device, len(questions), max(map(len, questions))
-    ids = torch.zeros(batch, width, dtype=torch.long, device=device)
-    mask = torch.zeros_like(ids)
-    for b, q in enumerate(questions):
-        ids[b, width - len(q) :] = torch.tensor(q, device=device)
-        mask[b, width - len(q) :] = 1
-    at = store.seen.to(device)[:, None]
-    positions = (at + mask.cumsum(-1) - 1).clamp(min=0)
-    got = model(ids, past_key_values=store, attention_mask=mask, position_ids=positions, logits_to_keep=1)
-    token, out, alive = got.logits[:, -1].argmax(-1), [], torch.ones(batch, dtype=torch.bool, device=device)
-    stop = torch.tensor(sorted(s for s in stops if s is not None), device=device)
-    for _ in range(most):
-        out.append(token)
-        alive &= ~torch.isin(token, stop)
-        if len(out) == most or not bool(alive.any()):
-            break
-        positions = store.seen.to(device)[:, None]
-        token = model(token[:, None], past_key_values=store, position_ids=positions).logits[:, -1].argmax(-1)
-    rows = torch.stack(out, 1).tolist()
-    return [_until(row, stops) for row in rows]
-
-
-def follow(model, store: Store, tokens: Sequence[int], device: torch.device) -> tuple[list[float], list[float]]:
-    """Feed tokens one by one; nats of each next token given those before, and the seconds of each step."""
-    losses, times = [], []
-    for token, target in pairwise(tokens):
-        start = now(device)
-        logits = model(torch.tensor([[token]], device=device), past_key_values=store).logits[0, -1]
-        times.append(now(device) - start)
-        losses.append(-logits.float().log_softmax(-1)[target].item())
-    return losses, times
-
-
-def _until(row: list[int], stops: set[int]) -> list[int]:
-    for i, token in enumerate(row):
-        if token in stops:
-            return row[:i]
-    return row
 
 
 def _chunks(asked: list[tuple[Task, Sample]]) -> Iterator[list[tuple[Task, Sample]]]:

@@ -120,7 +120,7 @@ def _row(group: list[dict], series: str, dense: list[dict], cells: set, longest:
     first, ok = group[0], [r for r in group if _finished(r)]
     budget = first.get("budget")
     baseline = first["method"] == BASELINE
-    label = series if baseline or budget is None else f"{series} at {percent(budget)}"
+    label = series if baseline or budget is None else f"{series} at {amount(budget)}"
     row = Row(first["method"], label, series, dict(first.get("params") or {}), budget, baseline, planned=len(cells))
     for task in dict.fromkeys(r.get("task") for r in ok):
         mine = [r for r in ok if r.get("task") == task]
@@ -248,6 +248,13 @@ def percent(share: float | None) -> str:
     return text.removesuffix(".0") + "%"
 
 
+def amount(budget: float | int | None) -> str:
+    """A budget as text: a share as percent, a whole number as tokens (0.125 -> '12.5%', 512 -> '512 tokens')."""
+    if isinstance(budget, int):
+        return f"{budget:,} token" + "s" * (budget != 1)
+    return "-" if budget is None else f"{100 * budget:.4g}%"
+
+
 def number(value: float | None) -> str:
     """A measured value as text: two decimals below ten, one below a hundred, else none (1234.5 -> '1,234')."""
     if value is None:
@@ -263,7 +270,7 @@ def _cells(row: Row, tasks: list[str], reads: bool) -> list[str]:
     scores = [number(row.tasks[t].value) if t in row.tasks else "-" for t in tasks]
     return [
         row.series + partial,
-        percent(row.budget),
+        amount(row.budget),
         percent(row.quality) + interval,
         *scores,
         percent(row.kv_share),

@@ -312,8 +312,12 @@ def _fused_plain(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
     see = None
     if 1 < length < total:
         see = torch.ones(length, total, dtype=torch.bool, device=q.device).tril(total - length)
+    grouped = q.shape[1] != k.shape[1]
+    if grouped and q.is_cuda and q.dtype not in (torch.float16, torch.bfloat16):
+        # only the half-precision kernels know groups; others would fall back to one that holds all the logits
+        k, v, grouped = spread(k, q.shape[1]), spread(v, q.shape[1]), False
     return F.scaled_dot_product_attention(
-        q, k, v, attn_mask=see, is_causal=length == total, scale=scale, enable_gqa=q.shape[1] != k.shape[1]
+        q, k, v, attn_mask=see, is_causal=length == total, scale=scale, enable_gqa=grouped
     )
 
 

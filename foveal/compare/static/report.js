@@ -22,6 +22,7 @@
   const fixed = (v, digits) => v.toLocaleString("en", { minimumFractionDigits: digits, maximumFractionDigits: digits });
   const number = (v) => (has(v) ? fixed(v, Math.abs(v) >= 100 ? 0 : Math.abs(v) >= 10 ? 1 : 2) : "–");
   const percent = (v) => (has(v) ? fixed(100 * v, Math.abs(v) < 0.0995 ? 1 : 0).replace(/\.0$/, "") + "%" : "–");
+  const amount = (b) => (b > 1 ? `${tokens(b)} tokens` : percent(b)); // a share of the tokens seen, or a number of them
   const size = (v) => (has(v) ? (v >= 1e9 ? fixed(v / 1e9, 2) + " GB" : fixed(v / 1e6, 0) + " MB") : "–");
   const range = (low, high, form) => (has(low) && has(high) ? `${form(low)}–${form(high)}` : "");
   const tokens = (n) => Number(n).toLocaleString("en");
@@ -82,7 +83,7 @@
     const where = at_length ? `at ${tokens(at_length)}` : "";
     return [
       { head: "method", key: (r) => r.series, text: (r) => r.series },
-      { head: "budget", key: (r) => r.budget, text: (r) => percent(r.budget) },
+      { head: "budget", key: (r) => r.budget, text: (r) => amount(r.budget) },
       { head: "of dense", sub: "mean, 95%", down: true, key: (r) => r.quality, text: (r) => percent(r.quality),
         small: (r) => (r.baseline ? "" : range(r.quality_low, r.quality_high, percent)) },
       ...tasks.map((task) => ({
@@ -300,7 +301,7 @@
     const depths = [...new Set(grid.cells.map((c) => c.depth))].sort(up);
     const task = data.grids.filter((g) => g.task === grid.task); // every length of the task, so that failures leave a gap
     const lengths = [...new Set(task.flatMap((g) => g.cells.map((c) => c.length)))].sort(up);
-    const table = make("table", { class: "map" }, make("caption", {}, `${percent(grid.budget)} of the cache`),
+    const table = make("table", { class: "map" }, make("caption", {}, `${amount(grid.budget)} of the cache`),
       make("thead", {}, make("tr", {}, make("td", { class: "none" }), ...depths.map((d) => make("th", { scope: "col" }, fixed(100 * d, 0))))));
     const body = make("tbody", {});
     for (const length of lengths) {
