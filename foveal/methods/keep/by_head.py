@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 from ...edits import Keep
@@ -11,18 +12,27 @@ from ...method import Budget, check_budget
 
 @dataclass(frozen=True)
 class HeadPlan:
-    """Per layer, the KV heads that keep everything and the others."""
+    """Per layer, the KV heads that keep everything and the others; `window` is the share of the tokens the others keep."""
 
     whole: dict[int, tuple[int, ...]]
     others: dict[int, tuple[int, ...]]
+    window: float | None
 
     @staticmethod
-    def of(whole: Tensor) -> "HeadPlan":
-        """whole: bool [layers, kv_heads]."""
+    def of(whole: Tensor, model, budget: float | None) -> "HeadPlan":
+        """whole: bool [layers, kv_heads]. budget: the share of the cache that all heads together may keep; None = no such bound.
+
+        Where a model has so few heads that the whole ones alone exceed the budget, none stays whole.
+        """
+        share = whole[list(model.layers)].float().mean().item()
+        if budget is not None and share > budget:
+            whole, share = torch.zeros_like(whole), 0.0
+        window = None if budget is None else 1.0 if share == 1 else (budget - share) / (1 - share)
         rows = whole.tolist()
         return HeadPlan(
             {i: tuple(h for h, yes in enumerate(row) if yes) for i, row in enumerate(rows)},
             {i: tuple(h for h, yes in enumerate(row) if not yes) for i, row in enumerate(rows)},
+            window,
         )
 
 
@@ -37,13 +47,9 @@ def check_share(name: str, budget: Budget | None) -> None:
         )
 
 
-def split(budget: float, most: float) -> tuple[float, float]:
-    """A budget as (share of heads kept whole, share of the tokens that each other head keeps).
-
-    Half of the budget goes to whole heads, up to the share `most` of the heads; the rest is spread evenly over the others.
-    """
-    whole = min(most, budget / 2)
-    return whole, (budget - whole) / (1 - whole)
+def whole_share(budget: float, most: float) -> float:
+    """The share of the heads that stay whole under a budget: half of the budget, up to `most`."""
+    return min(most, budget / 2)
 
 
 def outside(step, heads: tuple[int, ...], leaving: Tensor) -> Tensor:

@@ -8,7 +8,7 @@ from ...edits import Keep
 from ...heads import roles_for
 from ...method import Method, check_count, check_range, method
 from ...selection import FOREVER, Band, Selection
-from .by_head import HeadPlan, check_share, evict_oldest, outside, split
+from .by_head import HeadPlan, check_share, evict_oldest, outside, whole_share
 
 
 @method(
@@ -40,15 +40,15 @@ class Duo(Method):
         check_count("recent", self.recent, 2)
 
     def setup(self, model) -> HeadPlan:
-        share = self.whole if self.budget is None else split(self.budget, self.whole)[0]
+        share = self.whole if self.budget is None else whole_share(self.budget, self.whole)
         roles = roles_for(model.model, self.roles)
-        return HeadPlan.of(roles.top_share(self.score, share, model.kv_heads))
+        return HeadPlan.of(roles.top_share(self.score, share, model.kv_heads), model, self.budget)
 
     def _size(self, step, ahead: int):
         """Keys a streaming head's query may see, itself included: at least the sinks, the newest key and its own."""
         if self.budget is None:
             return self.sink + self.recent
-        size, least = step.budget(split(self.budget, self.whole)[1], ahead), self._sinks + 2
+        size, least = step.budget(step.plan.window, ahead), self._sinks + 2
         return size.clamp(min=least) if isinstance(size, torch.Tensor) else max(size, least)
 
     @property

@@ -7,7 +7,7 @@ import torch
 from ...edits import Keep, Plane
 from ...heads import HeadRoles, roles_for
 from ...method import Method, check_count, check_range, method
-from .by_head import HeadPlan, check_share, outside, split
+from .by_head import HeadPlan, check_share, outside, whole_share
 
 
 @method(
@@ -49,8 +49,9 @@ class Razor(Method):
         roles = roles_for(model.model, self.roles)
         if self.budget is None:
             whole = roles.top_share("echo", self.echo) | roles.top_share("induction", self.induction)
-            return HeadPlan.of(whole.unflatten(1, (model.kv_heads, -1)).any(-1))
-        return HeadPlan.of(self._best_kv_heads(roles, split(self.budget, 0.15)[0], model.kv_heads))
+            return HeadPlan.of(whole.unflatten(1, (model.kv_heads, -1)).any(-1), model, None)
+        whole = self._best_kv_heads(roles, whole_share(self.budget, 0.15), model.kv_heads)
+        return HeadPlan.of(whole, model, self.budget)
 
     def _best_kv_heads(self, roles: HeadRoles, share: float, kv_heads: int) -> torch.Tensor:
         """`share` of all KV heads: by echo and by induction in the paper's proportion."""
@@ -64,7 +65,7 @@ class Razor(Method):
     def _held(self, step, ahead: int = 0):
         """Keys another head holds: sinks, the compensation token and the buffer."""
         if self.budget is not None:
-            held = step.budget(split(self.budget, 0.15)[1], ahead)
+            held = step.budget(step.plan.window, ahead)
             return held.clamp(min=self.sink + 2) if isinstance(held, torch.Tensor) else max(held, self.sink + 2)
         buffer = step.budget(1 / self.compress, ahead)
         least = buffer.clamp(min=self.least) if isinstance(buffer, torch.Tensor) else max(buffer, self.least)
