@@ -1,5 +1,8 @@
 """What can go wrong, each as one sentence: what was expected, what came, what to do."""
 
+import difflib
+from collections.abc import Iterable
+
 
 class FovealError(Exception):
     """Base of every error Foveal raises on purpose; the command line prints it and exits with code 2."""
@@ -19,3 +22,10 @@ class CompositionError(FovealError, TypeError):
 
 class ModelFileError(FovealError, OSError):
     """A model file is missing, corrupt, or could not be fetched."""
+
+
+def suggest(word: str, known: Iterable[str]) -> str:
+    """How to put a wrong name right: "did you mean ...?" where one is near, else the list of what there is."""
+    known = list(known)
+    near = difflib.get_close_matches(str(word), known, n=1, cutoff=0.5)
+    return f"did you mean '{near[0]}'?" if near else f"choose from {', '.join(known)}"

@@ -20,10 +20,10 @@ from rich.text import Text
 from torch import Tensor
 
 from .attach import ModelInfo
-from .errors import InputError
+from .errors import InputError, suggest
 from .head_scores import COPIES, TEXTS, Password, copying, random_texts, repetition
 from .hub import cache_dir, model_identity
-from .method import check_range, suggest
+from .method import check_range
 
 LENGTHS = (512, 1024, 2048)
 """Prompt lengths of the copying test, in tokens."""

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import math
 from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
@@ -12,7 +11,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 from torch import Tensor
 
 from .edits import Bias, Keep, Plane, Reweigh
-from .errors import CompositionError, InputError
+from .errors import CompositionError, InputError, suggest
 from .selection import All, Selection
 
 if TYPE_CHECKING:
@@ -221,13 +220,6 @@ def methods() -> dict[str, type[Method]]:
 
     load_all()
     return dict(sorted(_REGISTRY.items()))
-
-
-def suggest(word: str, known: Iterable[str]) -> str:
-    """' Did you mean ...?' or the list of what there is."""
-    known = list(known)
-    near = difflib.get_close_matches(word, known, n=1, cutoff=0.5)
-    return f"did you mean '{near[0]}'?" if near else f"choose from {', '.join(known)}"
 
 
 def get_method(name: str, **params: Any) -> Method:

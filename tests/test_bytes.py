@@ -20,7 +20,9 @@ def model():
 @pytest.fixture(scope="module")
 def roles(model, tmp_path_factory):
     config = model.config
-    scores = torch.rand(3, config.num_hidden_layers, config.num_attention_heads, generator=torch.Generator().manual_seed(3))
+    scores = torch.rand(
+        3, config.num_hidden_layers, config.num_attention_heads, generator=torch.Generator().manual_seed(3)
+    )
     names = ("retrieval", "induction", "echo")
     roles = HeadRoles(model_identity(model), dict(zip(names, scores, strict=True)), {"made": "for tests"})
     return str(roles.save(tmp_path_factory.mktemp("roles") / "roles.json"))

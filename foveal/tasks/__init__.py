@@ -1,9 +1,8 @@
 """Evaluation tasks: `tasks()` lists them, `get_task(name)` makes one."""
 
-import difflib
 from dataclasses import fields
 
-from foveal.errors import InputError
+from foveal.errors import InputError, suggest
 from foveal.tasks.needle import Needle
 from foveal.tasks.passkey import Passkey
 from foveal.tasks.perplexity import Perplexity
@@ -25,14 +24,9 @@ def get_task(name: str, **options) -> Task:
     Raises `InputError` for an unknown name or option and suggests the nearest.
     """
     if name not in _TASKS:
-        raise InputError(f"Expected a task, got '{name}'; {_suggest(name, list(_TASKS))}")
+        raise InputError(f"Expected a task, got '{name}'; {suggest(name, list(_TASKS))}")
     known = [field.name for field in fields(_TASKS[name])]
     for option in options:
         if option not in known:
-            raise InputError(f"Task '{name}' has no option '{option}'; {_suggest(option, known)}")
+            raise InputError(f"Task '{name}' has no option '{option}'; {suggest(option, known)}")
     return _TASKS[name](**options)
-
-
-def _suggest(name: str, known: list[str]) -> str:
-    near = difflib.get_close_matches(str(name), known, n=1)
-    return f"did you mean '{near[0]}'?" if near else f"choose one of {', '.join(known)}."

@@ -55,7 +55,9 @@ def test_padded_rows(model, ids, roles):
 @pytest.mark.parametrize("pads", [None, (0, 11)])
 def test_the_windows_of_a_share_grow_with_the_text(pads, model, ids, roles):
     method = Duo(0.6, whole=0.5, roles=roles)
-    share = (0.6 - 0.5) / 0.5  # 0.3 of the heads, rounded up, are two of four: what is left goes to the windows of the others
+    share = (
+        0.6 - 0.5
+    ) / 0.5  # 0.3 of the heads, rounded up, are two of four: what is left goes to the windows of the others
     seen = watch(model, method, ids, (PROMPT,), pads)
     for _, layer, s in seen.each():
         n = s.q.shape[1]
