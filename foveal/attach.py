@@ -19,8 +19,8 @@ from transformers.utils import ModelOutput
 from .attention import foveal_attention
 from .cache import ACTIVE, Store
 from .edits import Plane
-from .errors import FovealError, InputError, UnsupportedModel
-from .method import Method, iterate
+from .errors import FovealError, InputError, UnsupportedModel, suggest
+from .method import STATISTICS, Method, iterate
 from .parts import Part
 from .rope import Rope
 from .step import Pass
@@ -147,6 +147,9 @@ class Session:
                     f"{type(self.model).__name__} has no layer with full attention (sliding windows or linear layers only), so "
                     f"'{m.name}' has nothing to act on"
                 )
+            for need in m.needs:
+                if need.partition(":")[0] not in (*STATISTICS, "whole_prompt"):
+                    raise InputError(f"'{m.name}' needs '{need}': {suggest(need, (*STATISTICS, 'whole_prompt'))}")
             part = Part(m, m.setup(self.info))
             for i in m.where(self.info):
                 if i in active:

@@ -43,6 +43,8 @@ def foveal_attention(
         return _model_own(pass_, module, query, key, value, attention_mask, scaling, dropout, softcap, s_aux, kwargs)
     _refuse(module, kwargs, dropout)
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+    if pass_.session.original == "sdpa":
+        softcap = None  # where transformers still allows SDPA for such a model it leaves the soft-cap out, and so the model's own logits do
     out = run(pass_, layer, query, key, value, Logit(scale, softcap, s_aux))
     return out.transpose(1, 2), None
 

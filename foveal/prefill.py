@@ -139,7 +139,7 @@ def _statistics(step: Step, needs: frozenset[str], selection: Selection, layout:
         step.stats["lse"] = step.named_stats["lse"] = lse
     for need in needs:
         name, _, window = need.partition(":")  # "col_low:400" looks at the last 400 queries, "col_low" at all
-        if name not in ops.stats.NAMES:
+        if name in ("lse", "whole_prompt"):
             continue
         start = time.perf_counter()
         first = max(0, step.L - int(window)) if window else 0

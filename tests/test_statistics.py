@@ -159,3 +159,10 @@ def test_what_was_not_named_is_refused(model, ids):
     asked = hook(after=lambda step: step.require("entropy"))
     with pytest.raises(foveal.InputError, match="no statistic 'entropy'"):
         watch(model, asked, ids, (40,))
+
+
+def test_an_unknown_need_is_refused_when_attached():
+    model = tiny("llama")
+    with pytest.raises(foveal.InputError, match="needs 'col_mas': did you mean 'col_mass'"):
+        foveal.attach(model, hook(needs={"col_mas"}))
+    assert foveal.attach(model).close() is None  # and nothing was left behind
