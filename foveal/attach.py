@@ -268,7 +268,7 @@ class Session:
     def _check_length(self, counts: list[int], added: list[int]) -> None:
         limit = self.info.max_positions
         longest = max(c + n for c, n in zip(counts, added, strict=True))
-        beyond = self.method is not None and any(getattr(m, "unbounded", False) for m in iterate(self.method))
+        beyond = any(m.unbounded for m in iterate(self.method))
         if limit is not None and longest > limit and not beyond:
             raise InputError(f"the text is {longest} tokens long but the model has {limit} positions: shorten it")
 
@@ -286,7 +286,7 @@ class Session:
     @contextmanager
     def open_prompt(self) -> Iterator[None]:
         """Inside, forward passes are chunks of a prompt that goes on: methods that act at its end wait."""
-        if self.method is not None and any("whole_prompt" in m.needs for m in iterate(self.method)):
+        if any("whole_prompt" in m.needs for m in iterate(self.method)):
             raise InputError("a method of this session needs the whole prompt at once: do not read it in chunks")
         self._more = True
         try:

@@ -48,6 +48,10 @@ class Method:
     dense_prefill: ClassVar[bool] = False
     """True: while the prompt is read, outputs are those of the dense model, so one dense prefill can serve many methods."""
 
+    renumber: ClassVar[bool] = False
+    """True: it numbers positions inside the cache; at most one in a composition does."""
+    unbounded: ClassVar[bool] = False
+    """True: texts may outgrow the model's positions."""
     neutral: ClassVar[Mapping[str, Any]] = {"budget": 1.0}
     """Parameters under which it changes nothing: what the generated checks compare with the dense model."""
     example: ClassVar[Mapping[str, Any]] = {"budget": 0.5}
@@ -118,7 +122,7 @@ class Chain(Method):
         names = [m.name for m in self.members]
         if sum("attend" in m.asks for m in self.members) > 1:
             raise CompositionError(f"two methods replace the attention itself in {' | '.join(names)}: keep one of them")
-        if sum(bool(getattr(m, "renumber", False)) for m in self.members) > 1:
+        if sum(m.renumber for m in self.members) > 1:
             raise CompositionError(f"two methods renumber positions in {' | '.join(names)}: keep one of them")
         if any("attend" in m.asks for m in self.members) and any(
             {"weigh", "reweigh"} & set(m.asks) for m in self.members
