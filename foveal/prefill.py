@@ -38,7 +38,7 @@ def prefill(
         raise InputError("statistics need the log-sum-exp, which the method that replaces the softmax did not return")
     _statistics(step, needs, selection, layout, lse)
     if edits:
-        out = _reweigh(step, parts, selection, lse, out.dtype)
+        out = _reweigh(step, parts, lse, out.dtype)
     return finish(step, parts, out)
 
 
@@ -92,30 +92,29 @@ def _attend(step: Step, selection: Selection, layout: Layout, need_lse: bool) ->
             return ops.attend_band(step.q, keys, values, sink=sink, recent=recent, **how)
         if isinstance(selection, Blocks) and keys.shape[2] == step.L:
             return ops.attend_blocks(step.q, keys, values, selection.map, selection.size, **how)
-        return ops.attend_masked(step.q, keys, values, lambda a, b: step.visible_mask(a, b, selection), **how)
+        return ops.attend_masked(step.q, keys, values, step.visible_mask, **how)
     if isinstance(selection, All) and step.bias is None:
         return ops.attend(step.q, layout.key, layout.value, mass=layout.mass, **how)
-    return _by_rows(step, selection, need_lse)
+    return _by_rows(step, need_lse)
 
 
 def _factors(bias: Bias | None, length: int) -> tuple[Tensor, Tensor] | None:
     return None if bias is None else (bias.query.expand(-1, -1, length, -1), bias.key)
 
 
-def _tiles(step: Step, selection: Selection, first: int = 0) -> Iterator[tuple[int, int, Tensor]]:
-    """Exact logits of query tiles over all slots, [1, heads, tile, T]: the general path, dense in time, bounded in memory."""
-    step.visible = selection
+def _tiles(step: Step, first: int = 0) -> Iterator[tuple[int, int, Tensor]]:
+    """Exact logits of query tiles over all slots, [1, heads, tile, T], -inf where not selected: dense in time, bounded in memory."""
     size = max(1, TILE // (step.H * step.T))
     for start in range(first, step.L, size):
         stop = min(start + size, step.L)
         yield start, stop, step.scores(start=start, stop=stop)
 
 
-def _by_rows(step: Step, selection: Selection, need_lse: bool) -> tuple[Tensor, Tensor | None]:
+def _by_rows(step: Step, need_lse: bool) -> tuple[Tensor, Tensor | None]:
     values = step.per_head(step.store.values())
     out = step.q.new_empty(*step.q.shape[:3], values.shape[3])
     lse = torch.empty(step.q.shape[:3], dtype=ragged.wide(step.q.dtype), device=step.device)
-    for start, stop, z in _tiles(step, selection):
+    for start, stop, z in _tiles(step):
         lse[:, :, start:stop] = _logsumexp(step, z)
         out[:, :, start:stop] = (_weights(z, lse[:, :, start:stop]).to(values.dtype) @ values).to(out.dtype)
     return out, lse if need_lse else None
@@ -157,7 +156,7 @@ def _measure(step: Step, name: str, first: int, selection: Selection, layout: La
         return _to_slots(step, x) if name.startswith("col_") and not layout.whole else x
     tiles = (
         statistic(step, name, _weights(z, lse[:, :, start:stop]), z > -math.inf)
-        for start, stop, z in _tiles(step, selection, first)
+        for start, stop, z in _tiles(step, first)
     )
     return sum(tiles) if name.startswith("col_") else torch.cat(list(tiles), 2)
 
@@ -171,11 +170,11 @@ def _to_slots(step: Step, x: Tensor) -> Tensor:
     return x.gather(2, step.per_head(column)).masked_fill(~step.per_head(step.store.valid), 0.0)
 
 
-def _reweigh(step: Step, parts: Sequence[Part], selection: Selection, lse: Tensor, dtype: torch.dtype) -> Tensor:
+def _reweigh(step: Step, parts: Sequence[Part], lse: Tensor, dtype: torch.dtype) -> Tensor:
     """Rows whose weights are edited are computed tile by tile from the log-sum-exp."""
     values = step.per_head(step.store.values())
     tiles = []
-    for start, stop, z in _tiles(step, selection):
+    for start, stop, z in _tiles(step):
         weights = edited(step, parts, _weights(z, lse[:, :, start:stop]), start, stop)
         tiles.append((weights.to(values.dtype) @ values).to(dtype))
     return torch.cat(tiles, 2)

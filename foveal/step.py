@@ -159,9 +159,9 @@ class Step:
         first = self.pass_.token(self.device)
         return first + self.L
 
-    def budget(self, budget: Budget, ahead: int = 0) -> int | Tensor:
-        """How many keys a budget allows now, or `ahead` tokens later: a number, or [batch, 1] when sequences differ."""
-        allowed = self._budgets(budget, ahead)
+    def budget(self, budget: Budget, ahead: int = 0, least: int = 1) -> int | Tensor:
+        """How many keys a budget allows now, or `ahead` tokens later, but `least`: a number, or [batch, 1] when they differ."""
+        allowed = [max(least, n) for n in self._budgets(budget, ahead)]
         return (
             allowed[0] if len(set(allowed)) == 1 else torch.tensor(allowed).to(self.device, non_blocking=True)[:, None]
         )
@@ -259,13 +259,12 @@ class Step:
             z = z + self.per_head(self.store.plane("mass")).log()[:, :, None]
         return z
 
-    def visible_mask(self, start: int, stop: int, selection: Selection | None = None) -> Tensor:
+    def visible_mask(self, start: int, stop: int) -> Tensor:
         """Prefill: bool [1, kv_heads or heads, stop - start, T], causality and the selection together."""
         causal = self.token[:, :, None] <= self.q_token[:, None, start:stop, None]
-        selection = self.visible if selection is None else selection
-        if isinstance(selection, All):
+        if isinstance(self.visible, All):
             return causal
-        seen = selection.mask(self, start, stop)
+        seen = self.visible.mask(self, start, stop)
         heads = max(causal.shape[1], seen.shape[1])
         return self.per_head_like(causal, heads) & self.per_head_like(seen, heads)
 

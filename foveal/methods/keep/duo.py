@@ -2,8 +2,6 @@
 
 from dataclasses import dataclass
 
-import torch
-
 from ...edits import Keep
 from ...heads import roles_for
 from ...method import Method, check_count, check_range, method
@@ -48,8 +46,7 @@ class Duo(Method):
         """Keys a streaming head's query may see, itself included: at least the sinks, the newest key and its own."""
         if self.budget is None:
             return self.sink + self.recent
-        size, least = step.budget(step.plan.window, ahead), self._sinks + 2
-        return size.clamp(min=least) if isinstance(size, torch.Tensor) else max(size, least)
+        return step.budget(step.plan.window, ahead, least=self._sinks + 2)
 
     @property
     def _sinks(self) -> int:

@@ -65,11 +65,8 @@ class Razor(Method):
     def _held(self, step, ahead: int = 0):
         """Keys another head holds: sinks, the compensation token and the buffer."""
         if self.budget is not None:
-            held = step.budget(step.plan.window, ahead)
-            return held.clamp(min=self.sink + 2) if isinstance(held, torch.Tensor) else max(held, self.sink + 2)
-        buffer = step.budget(1 / self.compress, ahead)
-        least = buffer.clamp(min=self.least) if isinstance(buffer, torch.Tensor) else max(buffer, self.least)
-        return least + self.sink + 1
+            return step.budget(step.plan.window, ahead, least=self.sink + 2)
+        return step.budget(1 / self.compress, ahead, least=self.least) + self.sink + 1
 
     def keep(self, step) -> Keep | None:
         others = step.plan.others[step.layer]

@@ -64,21 +64,21 @@ class StreamingLLM(Method):
                 "give a smaller budget or read the prompt in smaller chunks"
             )
 
+    def _size(self, step, ahead: int):
+        """Keys a query may see, itself included: at least the sinks, the newest key and its own."""
+        return step.budget(self.budget, ahead, least=self.sink + 2)
+
     def select(self, step) -> Selection:
-        size = step.budget(self.budget)
-        if step.decode or max(size, self.sink + 2) >= step.store.T:
+        if step.decode or (size := self._size(step, ahead=0)) >= step.store.T:
             return super().select(step)
-        return Band(self.sink, max(2, size - self.sink))
+        return Band(self.sink, size - self.sink)
 
     def keep(self, step) -> Keep | None:
-        size = step.budget(self.budget, ahead=1)  # with the next token itself, that is what its query may see
+        held = self._size(step, ahead=1) - 1  # with the next token itself, that is what its query may see
         moved = self.sink if self.renumber else 0
         if step.decode:
-            least = self.sink + 2
-            held = (size.clamp(min=least) if isinstance(size, torch.Tensor) else max(size, least)) - 1
             return step.evict_one(step.oldest(after=self.sink), held, renumber=moved)
-        recent = max(2, size - self.sink) - 1
-        token, last = step.token, step.q_token[:, -1, None, None]
-        if self.sink + recent >= step.store.T:
+        if held >= step.store.T:
             return None
-        return Keep(mask=(token < self.sink) | (last - token < recent), renumber=moved)
+        token, last = step.token, step.q_token[:, -1, None, None]
+        return Keep(mask=(token < self.sink) | (last - token < held - self.sink), renumber=moved)

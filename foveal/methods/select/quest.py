@@ -53,8 +53,7 @@ class Quest(Method):
         best, chosen = bound.topk(min(max(1, most // self.page), pages), dim=-1)
         slots = chosen * self.page
         if step.store.uniform is None:
-            wanted = step.budget(self.budget)
-            wanted = max(1, wanted // self.page) if isinstance(wanted, int) else (wanted // self.page).clamp(min=1)
+            wanted = step.budget(self.budget, least=self.page) // self.page
             slots = step.ranked(slots.where(best > float("-inf"), -1), wanted)
         return Tokens(slots, self.page)
 
