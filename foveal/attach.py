@@ -20,10 +20,13 @@ from .attention import foveal_attention
 from .cache import ACTIVE, Store
 from .edits import Plane
 from .errors import FovealError, InputError, UnsupportedModel, suggest
+from .graphs import Graphs
 from .method import STATISTICS, Method, iterate
+from .ops.route import has_triton
 from .parts import Part
 from .rope import Rope
 from .step import Pass
+from .store import Layout
 
 NAME = "foveal"
 _ATTACHED: weakref.WeakKeyDictionary[nn.Module, Session] = weakref.WeakKeyDictionary()
@@ -85,11 +88,14 @@ def _refuse_model(model: PreTrainedModel, config) -> None:
         raise UnsupportedModel(f"{name} attends in both directions: only causal models keep a cache")
 
 
-def attach(model: PreTrainedModel, method: Method | str | None = None) -> Session:
+def attach(
+    model: PreTrainedModel, method: Method | str | None = None, *, layout: Layout | None = None, graphs: bool = True
+) -> Session:
     """Put a method on a model; use as `with foveal.attach(model, method) as session:` or with `foveal.detach(model)`.
 
     method: a Method, a composition `a | b`, a name or specification like "h2o(budget=0.25)", or None for the plain path, whose
-    logits are the model's own. On leaving, the model is as it was, also after an exception.
+    logits are the model's own. layout: how keys and values lie in memory; None = pages on a GPU, length classes elsewhere. graphs: on a
+    GPU, replay decode steps as CUDA graphs. On leaving, the model is as it was, also after an exception.
     Raises UnsupportedModel where the model cannot meet a need, InputError for bad values; nothing has changed then.
     """
     if isinstance(method, str):
@@ -103,7 +109,7 @@ def attach(model: PreTrainedModel, method: Method | str | None = None) -> Sessio
     decoder = model.get_decoder()
     if decoder in _ATTACHED:
         raise FovealError("this model is attached already: detach it first, or compose methods with `a | b`")
-    return Session(model, decoder, method)
+    return Session(model, decoder, method, layout, graphs)
 
 
 def detach(model: PreTrainedModel) -> None:
@@ -116,8 +122,15 @@ def detach(model: PreTrainedModel) -> None:
 class Session:
     """A model with a method on it. `store` is the cache of the latest forward pass."""
 
-    def __init__(self, model: PreTrainedModel, decoder: nn.Module, method: Method | None):
-        self.model, self.decoder, self.method = model, decoder, method
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        decoder: nn.Module,
+        method: Method | None,
+        layout: Layout | None = None,
+        graphs: bool = True,
+    ):
+        self.model, self.decoder, self.method, self.layout = model, decoder, method, layout
         self.info = ModelInfo.of(model)
         self.config = decoder.config
         self.original = self.config._attn_implementation
@@ -136,6 +149,9 @@ class Session:
             decoder.register_forward_pre_hook(self._enter, with_kwargs=True),
             decoder.register_forward_hook(self._leave, always_call=True),
         ]
+        self.graphs = Graphs(decoder.forward) if graphs and torch.cuda.is_available() and has_triton() else None
+        if self.graphs is not None:
+            decoder.forward = self.graphs.forward
         _ATTACHED[decoder] = self
 
     def _resolve(self) -> dict[int, tuple[Part, ...]]:
@@ -233,7 +249,7 @@ class Session:
     def new_store(self) -> Store:
         """An empty cache for this model and method."""
         evicts = self.method is not None and bool({"keep", "end"} & set(self.method.asks))
-        store = Store(self.config, self.info.layers, self.planes, evicts)
+        store = Store(self.config, self.info.layers, self.planes, evicts, self.layout)
         store.owner = self.signature
         return store
 
@@ -300,6 +316,8 @@ class Session:
             return
         for hook in self._hooks:
             hook.remove()
+        if self.graphs is not None:
+            del self.decoder.forward
         self.decoder.set_attn_implementation(self.original)
         del _ATTACHED[self.decoder]
 

@@ -107,7 +107,7 @@ def _each_sequence(
     batch = q.shape[0]
     if batch == 1 and pass_.columns[0] is None:
         return prefill(pass_.parts[0], index, rows, parts, q, k, v, logit)
-    pieces = [LayerStore(rows.specs) for _ in range(batch)] if rows.empty else [rows.take([b]) for b in range(batch)]
+    pieces = [rows.fresh() for _ in range(batch)] if rows.empty else [rows.take([b]) for b in range(batch)]
     out = q.new_zeros(*q.shape[:3], v.shape[3])
     for b, (sub, columns) in enumerate(zip(pass_.parts, pass_.columns, strict=True)):
         at = slice(None) if columns is None else columns

@@ -13,7 +13,7 @@ from transformers.cache_utils import Cache, CacheLayerMixin, DynamicCache, Dynam
 
 from .edits import Plane
 from .errors import FovealError, InputError, UnsupportedModel
-from .store import LayerStore
+from .store import LayerStore, Layout
 
 if TYPE_CHECKING:
     from .step import Pass
@@ -27,11 +27,11 @@ class StoreLayer(CacheLayerMixin):
     is_sliding = False
     supports_early_init = False
 
-    def __init__(self, index: int, planes: dict[str, Plane], is_croppable: bool = True):
+    def __init__(self, index: int, planes: dict[str, Plane], is_croppable: bool = True, layout: Layout | None = None):
         super().__init__()
         self.is_croppable = is_croppable  # a rollback cannot bring back what a method evicted
         self.index, self.columns = index, 0
-        self.rows = LayerStore(planes)
+        self.rows = LayerStore(planes, layout)
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         self.is_initialized = True
@@ -69,9 +69,18 @@ class Store(Cache):
     Layers that Foveal leaves alone (sliding windows, linear attention) keep the model's own cache layer.
     """
 
-    def __init__(self, config, managed: Sequence[int], planes: dict[str, Plane], evicts: bool = False):
+    def __init__(
+        self,
+        config,
+        managed: Sequence[int],
+        planes: dict[str, Plane],
+        evicts: bool = False,
+        layout: Layout | None = None,
+    ):
         native = DynamicCache(config=config).layers
-        layers = [StoreLayer(i, planes, not evicts) if i in managed else layer for i, layer in enumerate(native)]
+        layers = [
+            StoreLayer(i, planes, not evicts, layout) if i in managed else layer for i, layer in enumerate(native)
+        ]
         super().__init__(layers=layers)
         self.managed = tuple(managed)
         self.counts: list[int] = []  # real tokens seen by each sequence
@@ -107,8 +116,7 @@ class Store(Cache):
         total = self._native_bytes()
         for r in self.rows:
             for c in r.classes[:1]:
-                width = c.planes["key"].shape[2] + c.planes["value"].shape[2]
-                total += sum(self.counts) * r.heads * width * c.planes["key"].element_size()
+                total += sum(self.counts) * r.heads * sum(c.widths) * c.dtype.itemsize
         return total
 
     def _native_bytes(self) -> int:
@@ -166,7 +174,7 @@ class Store(Cache):
         new.layers = []
         for layer in self.layers:
             if isinstance(layer, StoreLayer):
-                fresh = StoreLayer(layer.index, layer.rows.specs, layer.is_croppable)
+                fresh = StoreLayer(layer.index, layer.rows.specs, layer.is_croppable, layer.rows.layout)
                 fresh.columns, fresh.is_initialized = layer.columns, layer.is_initialized
                 new.layers.append(fresh)
             else:

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from . import ops
 from .method import STATISTICS
 from .ops import ragged
 from .ops.ragged import Attended, Logit
@@ -22,7 +23,12 @@ def decode(
     """One layer of a decode step: [batch, heads, 1, value_dim]."""
     rows.append(k, v, pass_.token(q.device))
     c = rows.single
-    if not parts and c is not None and c.length is None and logit.softcap is None and logit.sinks is None:
+    plain = not parts and c is not None and logit.softcap is None and logit.sinks is None
+    if plain and c.paged:
+        pass_.count_keys(c.bound, c.bound)
+        q = q.reshape(c.arange.shape[0], -1, q.shape[3])
+        return ops.attend_ragged(q, c.view, logit).out.view(k.shape[0], -1, 1, v.shape[3])
+    if plain and c.length is None:
         pass_.count_keys(c.bound, c.bound)
         q = q.reshape(c.arange.shape[0], -1, q.shape[3])
         return ragged.attend_rows(q, c.read("key"), c.read("value"), logit.scale).view(k.shape[0], -1, 1, v.shape[3])
@@ -65,13 +71,20 @@ def _attend(step: Step, selection: Selection, needs: frozenset[str], edits: bool
 def _attend_class(
     step: Step, c: Rows, q: Tensor, bias: Tensor | None, unseen: Tensor | None, need_lse: bool, explicit: bool
 ) -> Attended:
-    key, value, q, logit = step.row_keys(c), c.read("value"), c.pick(q), _row_logit(step, c)
-    extra, hidden = step.row_extra(c, bias), _or(step.row(c, unseen), None if c.length is None else ~c.used()[:, None])
+    q, logit, extra, hidden = c.pick(q), _row_logit(step, c), step.row_extra(c, bias), step.row(c, unseen)
+    if c.paged:
+        how = {"extra": extra, "hidden": hidden, "moved": step.moved_keys(c), "want": "weights" if explicit else ""}
+        return ops.attend_ragged(q, c.view, logit, **how)
+    key, value, hidden = (
+        step.row_keys(c),
+        c.read("value"),
+        _or(hidden, None if c.length is None else ~c.used()[:, None]),
+    )
     plain = extra is None and hidden is None and logit.softcap is None and logit.sinks is None
     if plain and not explicit:
         return Attended(ragged.attend_rows(q, key, value, logit.scale), None, None)
     how = {"extra": extra, "hidden": hidden, "need_lse": need_lse, "may_be_blind": unseen is not None}
-    return ragged.attend_ragged(q, key, value, logit, **how)
+    return ragged.attend_padded(q, key, value, logit, **how)
 
 
 def _or(a: Tensor | None, b: Tensor | None) -> Tensor | None:
@@ -97,13 +110,17 @@ def _attend_tokens(step: Step, selection: Tokens, q: Tensor) -> Tensor:
     bias = None if step.bias is None else step.bias.dense(step.H)
     got = []
     for c in step.store.classes:
-        at = c.pick(slots).clamp(min=0)
         extra = step.row_extra(c, bias)
+        if c.paged:
+            how = {"extra": extra, "slots": slots, "moved": step.moved_keys(c)}
+            got.append(ops.attend_ragged(q, c.view, _row_logit(step, c), **how).out)
+            continue
+        at = c.pick(slots).clamp(min=0)
         if extra is not None:
             extra = extra.expand(-1, q.shape[1], -1).gather(2, at[:, None].expand(-1, q.shape[1], -1))
         key = c.gather("key", at) if step.store.shift_bound == 0 else step.row_keys(c)[c.arange[:, None], at]
         how = {"extra": extra, "hidden": c.pick(hidden)}
-        got.append(ragged.attend_ragged(c.pick(q), key, c.gather("value", at), _row_logit(step, c), **how).out)
+        got.append(ragged.attend_padded(c.pick(q), key, c.gather("value", at), _row_logit(step, c), **how).out)
     return _all_rows(step, got).view(step.q.shape[0], step.H, 1, -1)
 
 

@@ -24,11 +24,6 @@ def round_up(n: int, multiple: int) -> int:
     return -(-n // multiple) * multiple
 
 
-def length_class(n: int) -> int:
-    """Rows share a block when they are within half an octave of length: little memory is wasted and blocks stay few."""
-    return round(2 * math.log2(max(n, 1)))
-
-
 class Rows:
     """`planes[name]` is [rows, capacity, ...]; `index` are the flat row numbers (None: every row, in order).
 
@@ -36,7 +31,7 @@ class Rows:
     exactly `bound` keys; otherwise it holds the true lengths. `heads` are the KV heads that have a row here.
     """
 
-    __slots__ = ("arange", "bound", "fills", "heads", "index", "length", "pages", "planes", "room")
+    __slots__ = ("arange", "bound", "dtype", "fills", "heads", "index", "length", "pages", "planes", "room")
 
     def __init__(
         self,
@@ -48,16 +43,31 @@ class Rows:
         heads: frozenset[int],
     ):
         self.planes, self.fills, self.bound, self.length = planes, fills, bound, length
-        self.index, self.heads = index, heads
+        self.index, self.heads, self.dtype = index, heads, planes["key"].dtype
         self.arange = torch.arange(planes["key"].shape[0], device=planes["key"].device)
         self.pages: dict[tuple[str, int], tuple[Tensor, int]] = {}  # pooled pages and how many of them are final
         self.room = GRAIN  # keys to grow by next time
 
     # ------------------------------------------------------------------ what there is
 
+    paged = False
+
     @property
     def capacity(self) -> int:
         return self.planes["key"].shape[1]
+
+    @property
+    def device(self) -> torch.device:
+        return self.arange.device
+
+    @property
+    def widths(self) -> tuple[int, int]:
+        """Sizes of a key and of a value."""
+        return self.planes["key"].shape[2], self.planes["value"].shape[2]
+
+    def held(self, heads: Set[int], kv_heads: int) -> int | None:
+        """Keys in every row of these KV heads, if known to be the same."""
+        return self.bound if self.length is None else None
 
     @property
     def nbytes(self) -> int:
@@ -69,10 +79,14 @@ class Rows:
         return self.planes[name][:, : self.bound]
 
     def gather(self, name: str, slots: Tensor) -> Tensor:
-        """Keys or values at slots [rows, m]: [rows, m, head_dim]."""
+        """What a plane holds at slots [rows, m]: [rows, m, ...]."""
         plane = self.planes[name]  # one flat index copies whole rows, which a pair of indices does not
         flat = (slots + (self.arange * plane.shape[1])[:, None]).flatten()
         return plane.flatten(0, 1).index_select(0, flat).unflatten(0, slots.shape)
+
+    def put(self, name: str, slots: Tensor, x: Tensor) -> None:
+        """Write x [rows, m, ...] at slots [rows, m] of a plane."""
+        self.planes[name][self.arange[:, None], slots] = x
 
     def pick(self, x: Tensor) -> Tensor:
         """The rows of this class out of a tensor over all rows."""
@@ -161,22 +175,21 @@ class Rows:
         if self.bound == 0:
             return
         self.pages.clear()
-        here = (self.arange, into)
-        pick = self.read if slots is None else lambda name: self.planes[name][self.arange[:, None], slots]
+        into = into[:, None]
+        pick = self.read if slots is None else lambda name: self.gather(name, slots)
         mass = self.planes["mass"]
         weight = torch.where(leaving, pick("mass"), 0.0).to(_wide(mass))
-        own = mass[here].to(weight.dtype)
+        own = self.gather("mass", into)[:, 0].to(weight.dtype)
         total = own + weight.sum(-1)
         changed = total > own  # also keeps rows that lose nothing bit for bit, and 0 / 0 out
         for name in FIXED:
-            plane = self.planes[name]
-            old = plane[here].to(_wide(plane))
+            before = self.gather(name, into)[:, 0]
+            old = before.to(_wide(before))
             share = (weight / total[:, None]).to(old.dtype)
-            mean = old * (own / total)[:, None].to(old.dtype) + (share.unsqueeze(1) @ pick(name).to(old.dtype)).squeeze(
-                1
-            )
-            plane[here] = mean.where(changed[:, None], old).to(plane.dtype)
-        mass[here] = total.to(mass.dtype)
+            leavers = (share.unsqueeze(1) @ pick(name).to(old.dtype)).squeeze(1)
+            mean = old * (own / total)[:, None].to(old.dtype) + leavers
+            self.put(name, into, mean.where(changed[:, None], old).to(before.dtype)[:, None])
+        self.put("mass", into, total.to(mass.dtype)[:, None])
 
     # ------------------------------------------------------------------ copies
 
@@ -197,6 +210,15 @@ class Rows:
         for side in (True, False):
             positions = [p for p, n in enumerate(numbers) if (n % heads in inside) == side]
             yield self.take(positions, [numbers[p] for p in positions], total, heads)
+
+    @staticmethod
+    def pack(pieces: Sequence[Piece], heads: int, length_class: Callable[[int], int]) -> list[Rows]:
+        """New classes out of pieces that make up the whole store: rows of equal `length_class(length)` share a block."""
+        classes: dict[int, list[_Place]] = {}
+        for place in places_of(pieces):
+            classes.setdefault(length_class(place.length), []).append(place)
+        total = sum(len(places) for places in classes.values())
+        return [_pack_class(pieces, sorted(places), total, heads) for places in classes.values()]
 
     # ------------------------------------------------------------------ pages
 
@@ -244,13 +266,15 @@ def pool(x: Tensor, kind: str, size: int, used: Tensor | None) -> Tensor:
 class Piece(NamedTuple):
     """Rows on their way into new classes.
 
-    numbers: flat row numbers there.  lengths: keys to copy of each row.  order: slots [rows, T], kept ones first.
+    numbers: flat row numbers there.  lengths: keys to copy of each row.  order: slots [rows, T], kept ones first.  positions: which rows
+    of the block they are (None: all, in order).
     """
 
     block: Rows
     numbers: list[int]
     lengths: list[int]
     order: Tensor | None = None
+    positions: list[int] | None = None
 
 
 class _Place(NamedTuple):
@@ -262,14 +286,11 @@ class _Place(NamedTuple):
     length: int
 
 
-def pack(pieces: Sequence[Piece], heads: int, length_class: Callable[[int], int]) -> list[Rows]:
-    """New classes out of pieces that make up the whole store: rows of equal `length_class(length)` share a block."""
-    classes: dict[int, list[_Place]] = {}
+def places_of(pieces: Sequence[Piece]) -> Iterator[_Place]:
     for p, piece in enumerate(pieces):
-        for position, (number, n) in enumerate(zip(piece.numbers, piece.lengths, strict=True)):
-            classes.setdefault(length_class(n), []).append(_Place(number, p, position, n))
-    total = sum(len(places) for places in classes.values())
-    return [_pack_class(pieces, sorted(places), total, heads) for places in classes.values()]
+        positions = range(len(piece.numbers)) if piece.positions is None else piece.positions
+        for position, number, n in zip(positions, piece.numbers, piece.lengths, strict=True):
+            yield _Place(number, p, position, n)
 
 
 def _pack_class(pieces: Sequence[Piece], places: list[_Place], total: int, heads: int) -> Rows:

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from . import ops
 from .edits import Bias, Keep
 from .errors import InputError
 from .method import Budget, tokens_of
@@ -54,6 +55,10 @@ class Pass:
         self.added: list[int] = [length] * len(self.counts)  # real tokens of each sequence in this pass
         self.returns_store = True  # False: the caller asked for no cache, so none is handed out
         self._token: Tensor | None = None
+        self.on_device: Tensor | None = (
+            None  # counts [batch] where a graph reads them; then the host's are not to be used
+        )
+        self.horizon = 0  # tokens no sequence has reached while this graph lasts
         self.read = self.held = 0
 
     def count_keys(self, read: int, held: int) -> None:
@@ -64,10 +69,12 @@ class Pass:
     @property
     def same(self) -> bool:
         """Every sequence has seen equally many tokens."""
-        return len(set(self.counts)) == 1
+        return self.on_device is None and len(set(self.counts)) == 1
 
     def token(self, device: torch.device) -> int | Tensor:
         """Token id of the first new token: a number, or [batch] when sequences differ."""
+        if self.on_device is not None:
+            return self.on_device
         if self.same:
             return self.counts[0]
         if self._token is None:
@@ -161,13 +168,18 @@ class Step:
 
     def budget(self, budget: Budget, ahead: int = 0, least: int = 1) -> int | Tensor:
         """How many keys a budget allows now, or `ahead` tokens later, but `least`: a number, or [batch, 1] when they differ."""
+        if self.pass_.on_device is not None and isinstance(budget, float):
+            share = (self.seen() + ahead).double() * budget  # as `tokens_of` rounds
+            return (share - 1e-9).ceil().clamp(min=max(1, least)).long()[:, None]
         allowed = [max(least, n) for n in self._budgets(budget, ahead)]
-        return (
-            allowed[0] if len(set(allowed)) == 1 else torch.tensor(allowed).to(self.device, non_blocking=True)[:, None]
-        )
+        if len(set(allowed)) == 1:
+            return allowed[0]
+        return torch.tensor(allowed).to(self.device, non_blocking=True)[:, None]
 
     def most(self, budget: Budget) -> int:
         """The largest number of keys a budget allows any sequence of the batch: what fixes shapes."""
+        if self.pass_.on_device is not None:
+            return tokens_of(budget, self.pass_.horizon)
         return max(self._budgets(budget, 0))
 
     def _budgets(self, budget: Budget, ahead: int) -> list[int]:
@@ -221,12 +233,16 @@ class Step:
 
     def row_keys(self, c: Rows) -> Tensor:
         """Keys of one length class as attention reads them, [rows, bound, head_dim]: positions inside the cache applied."""
-        key = c.read("key")
+        key, moved = c.read("key"), self.moved_keys(c)
+        return key if moved is None else torch.cat([moved, key[:, moved.shape[1] :]], 1)
+
+    def moved_keys(self, c: Rows) -> Tensor | None:
+        """The first keys of each row of a class at their positions inside the cache, [rows, m, head_dim]; None if none moved."""
         m = min(self.store.shift_bound, c.bound)
         if m == 0:
-            return key
-        moved = self.model.rope.rotate(key[:, :m], c.planes["shift"][:, :m], self.layer)
-        return torch.cat([moved, key[:, m:]], 1)
+            return None
+        key = c.gather("key", torch.arange(m, device=self.device).expand(c.arange.shape[0], -1))
+        return self.model.rope.rotate(key, c.planes["shift"][:, :m], self.layer)
 
     def scores(self, q: Tensor | None = None, start: int = 0, stop: int | None = None) -> Tensor:
         """Exact logits over all slots, [batch, heads, queries, T]: bias and mass included, -inf where not visible.
@@ -238,13 +254,15 @@ class Step:
         B, D = q.shape[0], q.shape[3]
         packed = q.reshape(B * self.G, self.group_size * (stop - start), D)
         rows = self.store.classes
-        if self.store.single is not None:
+        if rows[0].paged and packed.shape[1] <= ops.pages.MOST_QUERIES:
+            z = ops.pages.page_logits(packed, rows[0].view, self.logit, moved=self.moved_keys(rows[0]))
+        elif self.store.single is not None:
             z = ragged.logits(packed, self.row_keys(rows[0]), self.logit)
         else:
             z = packed.new_full((B * self.G, packed.shape[1], self.T), -math.inf, dtype=ragged.wide(q.dtype))
             for c in rows:
                 z[c.index, :, : c.bound] = ragged.logits(c.pick(packed), self.row_keys(c), self.logit)
-        z = z.view(B, self.H, stop - start, self.T)
+        z = z.reshape(B, self.H, stop - start, self.T)
         z = self._add_extra(z, start, stop)
         if self.decode and isinstance(self.visible, All) and self.store.uniform is not None:
             return z

@@ -11,13 +11,16 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from .edits import Keep, Plane
 from .errors import InputError
-from .rows import FAR, FIXED, Piece, Rows, pack, round_up
+from .paged import PagedRows
+from .rows import FAR, FIXED, Piece, Rows, round_up
 
 __all__ = ["FAR", "FIXED", "LayerStore", "Rows", "round_up"]
 
@@ -27,13 +30,25 @@ def length_class(n: int) -> int:
     return round(2 * math.log2(max(n, 1)))
 
 
+class Layout(NamedTuple):
+    """How keys and values lie in memory.
+
+    paged: pages with lengths on the device (None: on CUDA devices). format: codes they are stored as, see `foveal.ops.formats`.
+    """
+
+    paged: bool | None = None
+    format: str | None = None
+
+
 class LayerStore:
     """Keys, values and planes of one layer for a batch of sequences."""
 
-    def __init__(self, planes: Mapping[str, Plane] | None = None):
+    def __init__(self, planes: Mapping[str, Plane] | None = None, layout: Layout | None = None):
+        self.layout = layout or Layout()
         self.specs: dict[str, Plane] = dict(planes or {})
         self.fills = {"key": 0.0, "value": 0.0, "token": FAR} | {n: p.fill for n, p in self.specs.items()}
         self.classes: list[Rows] = []
+        self._named: dict[tuple[int, ...], Tensor] = {}  # which KV heads a tuple of heads means, on the device
         self.batch = self.heads = 0
         self.shift_bound = 0  # slots below it may carry a non-zero `shift` plane (positions inside the cache)
 
@@ -62,7 +77,7 @@ class LayerStore:
     def held(self, heads: Iterable[int]) -> int | None:
         """The number of keys in every row of these KV heads, if known to be the same; else None."""
         heads = set(heads)
-        bounds = {c.bound if c.length is None else None for c in self.classes if c.heads & heads}
+        bounds = {c.held(heads, self.heads) for c in self.classes if c.heads & heads}
         return bounds.pop() if len(bounds) == 1 else None
 
     @property
@@ -79,11 +94,11 @@ class LayerStore:
 
     @property
     def device(self) -> torch.device:
-        return self.classes[0].planes["key"].device if self.classes else torch.device("cpu")
+        return self.classes[0].device if self.classes else torch.device("cpu")
 
     @property
     def dtype(self) -> torch.dtype:
-        return self.classes[0].planes["key"].dtype
+        return self.classes[0].dtype
 
     @property
     def nbytes(self) -> int:
@@ -202,16 +217,20 @@ class LayerStore:
             c.append(c.pick(key), c.pick(value), c.pick(ids) if isinstance(token, Tensor) else ids)
 
     def _allocate(self, key: Tensor, value: Tensor) -> Rows:
-        rows = key.shape[0] * key.shape[1]
-        planes = {"key": key.new_empty(rows, 0, key.shape[3]), "value": value.new_empty(rows, 0, value.shape[3])}
-        planes["token"] = torch.empty(rows, 0, dtype=torch.int32, device=key.device)
+        rows, device, paged = key.shape[0] * key.shape[1], key.device, self.layout.paged
+        planes = {"token": torch.empty(rows, 0, dtype=torch.int32, device=device)}
         for name, spec in self.specs.items():
-            planes[name] = torch.empty(rows, 0, *spec.width, dtype=spec.dtype, device=key.device)
+            planes[name] = torch.empty(rows, 0, *spec.width, dtype=spec.dtype, device=device)
+        if device.type == "cuda" if paged is None else paged:
+            return PagedRows.start(key, value, planes, self.fills, self.layout.format)
+        planes |= {"key": key.new_empty(rows, 0, key.shape[3]), "value": value.new_empty(rows, 0, value.shape[3])}
         return Rows(planes, self.fills, 0, None, None, frozenset(range(key.shape[1])))
 
     def apply(self, keep: Keep) -> None:
         """Let go of what `keep` does not keep."""
         self._check_filled()
+        if keep.heads is not None and self.classes[0].paged:
+            keep = self._for_all_heads(keep)
         if keep.into is not None:
             self._absorb(keep)
         if keep.renumber:
@@ -222,6 +241,15 @@ class LayerStore:
             drop = keep.drop.flatten()
             for c in self._of(keep.heads):
                 c.drop(c.pick(drop), keep.optional)
+
+    def _for_all_heads(self, keep: Keep) -> Keep:
+        """Pages let one head lose a key and its neighbour none, so nothing has to part ways."""
+        if keep.heads not in self._named:  # kept: a graph cannot fetch it from the host
+            named = torch.zeros(self.heads, dtype=torch.bool)
+            named[list(keep.heads)] = True
+            self._named[keep.heads] = named.to(self.device)
+        drop = keep.drop.where(self._named[keep.heads], -1)
+        return replace(keep, drop=drop, heads=None, optional=True)
 
     def _of(self, heads: Iterable[int] | None) -> list[Rows]:
         """The classes of these KV heads (None: all). A class shared with other heads is split: its rows part ways."""
@@ -247,7 +275,7 @@ class LayerStore:
             order = (~mask).byte().argsort(dim=-1, stable=True) if order is None else order
             pieces.append(Piece(c, numbers, lengths, c.pick(order)))
         if order is not None:
-            self.classes = pack(pieces, self.heads, length_class)
+            self.classes = self.classes[0].pack(pieces, self.heads, length_class)
 
     def _absorb(self, keep: Keep) -> None:
         """Fold what leaves into the slot `into` of the same row, as a mean weighted by mass."""
@@ -294,8 +322,12 @@ class LayerStore:
                 new.classes.append(c.take([where[wanted[i]] for i in numbers], numbers, len(wanted), G))
         return new
 
+    def fresh(self) -> LayerStore:
+        """An empty store of the same planes and layout."""
+        return LayerStore(self.specs, self.layout)
+
     def _like(self) -> LayerStore:
-        new = LayerStore(self.specs)
+        new = self.fresh()
         new.heads, new.shift_bound = self.heads, self.shift_bound
         return new
 
@@ -312,7 +344,8 @@ class LayerStore:
         for p in parts:
             pieces += [Piece(c, [offset + n for n in c.numbers()], c.lengths()) for c in p.classes]
             offset += p.batch * p.heads
-        self.classes = parts[0].classes if len(parts) == 1 else pack(pieces, self.heads, length_class)
+        first = parts[0].classes
+        self.classes = first if len(parts) == 1 else first[0].pack(pieces, self.heads, length_class)
 
     def forget_after(self, counts: Sequence[int]) -> None:
         """Remove every key whose token id is not below its sequence's count."""

@@ -1,8 +1,11 @@
 """Fixtures shared by all tests."""
 
 import os
+import sys
 import warnings
 
+if any("interpreted" in argument for argument in sys.argv):  # Triton reads it once, at import
+    os.environ["TRITON_INTERPRET"] = "1"
 os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
 
 import pytest

@@ -31,7 +31,7 @@ class Attended(NamedTuple):
     lse: Tensor | None
 
 
-def attend_ragged(
+def attend_padded(
     q: Tensor,
     key: Tensor,
     value: Tensor,
@@ -62,7 +62,7 @@ def attend_ragged(
 
 
 def attend_rows(q: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
-    """The plain case of `attend_ragged`: every key visible, nothing but the output wanted. Shapes as there."""
+    """The plain case of `attend_padded`: every key visible, nothing but the output wanted. Shapes as there."""
     if q.is_cuda:
         out = torch.nn.functional.scaled_dot_product_attention(q[None], key[None], value[None], scale=scale)
         return out[0].contiguous()  # some of its kernels return heads and queries swapped in memory

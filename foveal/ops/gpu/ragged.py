@@ -1,0 +1,387 @@
+"""Decode attention over pages: every row (sequence, KV head) has its own length and its own list of pages.
+
+Two kernels. The split kernel has a constant grid of pieces; each program works out from the lengths, on the device, which
+row and which stretch of it is its own, so lengths may change under one captured graph. The queries of a group are packed
+into one matrix product. The merge kernel joins the pieces of a row by their log-sum-exp. Logits are in base 2 inside.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .variants import Variant
+
+LOG2E = 1.4426950408889634
+LN2 = 0.6931471805599453
+GROUP = 16  # query rows of one matrix product; smaller groups are padded
+TILE = 64  # keys of one step
+LEAST = 4  # tiles of a piece, at least: smaller ones cost more in merging than they win
+FORMATS = {
+    None: 0,
+    "fp8": 1,
+    "int8": 1,
+    "int4": 2,
+}  # how codes are read: floats, one scale a key, two groups of nibbles
+
+
+@triton.jit
+def _locate(LENGTH, pid, rows, limit, pieces, RP: tl.constexpr, BN: tl.constexpr, LEAST_TILES: tl.constexpr):
+    """Which row a piece belongs to: (row, piece of the row, keys of the row, tiles of a piece)."""
+    r = tl.arange(0, RP)
+    length = tl.minimum(tl.load(LENGTH + r, mask=r < rows, other=0), limit)
+    tiles = (length + BN - 1) // BN
+    chunk = tl.maximum((tl.sum(tiles, 0) + pieces - 1) // pieces, LEAST_TILES)
+    n = (tiles + chunk - 1) // chunk
+    end = tl.cumsum(n, 0)
+    row = tl.sum((end <= pid).to(tl.int32), 0)
+    mine = r == row
+    first = tl.sum(tl.where(mine, end - n, 0), 0)
+    return row, pid - first, tl.sum(tl.where(mine, length, 0), 0), chunk
+
+
+@triton.jit
+def _codes(X, at, WIDTH: tl.constexpr, PADDED: tl.constexpr):
+    """Rows `at` of a pool [keys, WIDTH]: [keys, PADDED], zero past the width."""
+    di = tl.arange(0, PADDED)
+    pointers = X + at[:, None] * WIDTH + di[None, :]
+    if PADDED == WIDTH:
+        x = tl.load(pointers)
+    else:
+        x = tl.load(pointers, mask=(di < WIDTH)[None, :], other=0.0)
+    return x
+
+
+@triton.jit
+def _split(
+    Q, K, V, TABLE, LENGTH, SLOTS, EXTRA, MOVED, K_SCALE, V_SCALE, OUT, LSE, LOGIT,
+    table_stride, slots_stride, extra_row, extra_head, logit_stride, moved, sink, limit, rows, pieces, scale, softcap,
+    G: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, DV: tl.constexpr, DVP: tl.constexpr, PAGE: tl.constexpr,
+    RP: tl.constexpr, GP: tl.constexpr, BN: tl.constexpr, LEAST_TILES: tl.constexpr, FORMAT: tl.constexpr,
+    HAS_SLOTS: tl.constexpr, HAS_EXTRA: tl.constexpr, HAS_MOVED: tl.constexpr, HAS_CAP: tl.constexpr, HAS_WINDOW: tl.constexpr,
+    WRITE_LOGIT: tl.constexpr, VALUES: tl.constexpr, PRECISE: tl.constexpr, STAGES: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
+    pid = tl.program_id(0)
+    if PDL:
+        tl.extra.cuda.gdc_wait()
+        tl.extra.cuda.gdc_launch_dependents()
+    row, piece, length, chunk = _locate(LENGTH, pid, rows, limit, pieces, RP, BN, LEAST_TILES)
+    if row < rows:
+        start = piece * chunk * BN
+        end = tl.minimum(start + chunk * BN, length)
+        HALVES: tl.constexpr = 2 if FORMAT == 2 else 1  # a byte of nibbles holds dimension i and i + D / 2
+        DIMS: tl.constexpr = D // HALVES
+        WIDE: tl.constexpr = DV // HALVES
+        gi = tl.arange(0, GP)
+        ni = tl.arange(0, BN)
+        di = tl.arange(0, DP // HALVES)
+        dv = tl.arange(0, DVP // HALVES)
+        some = gi < G
+        q_at = Q + row * G * D + gi[:, None] * D + di[None, :]
+        q_ok = some[:, None] & (di < DIMS)[None, :]
+        q = tl.load(q_at, mask=q_ok, other=0.0)
+        if FORMAT == 2:
+            q_high = tl.load(q_at + DIMS, mask=q_ok, other=0.0)
+            q_sum = tl.sum(q.to(tl.float32), 1)
+            q_high_sum = tl.sum(q_high.to(tl.float32), 1)
+            high = tl.zeros([GP, DVP // HALVES], tl.float32)
+        if HAS_WINDOW:
+            skipped = tl.load(LENGTH + row) - length  # between the sinks and the window
+        top = tl.full([GP], float("-inf"), tl.float32)
+        total = tl.zeros([GP], tl.float32)
+        acc = tl.zeros([GP, DVP // HALVES], tl.float32)
+        for n0 in tl.range(start, end, BN, num_stages=STAGES):
+            n = n0 + ni
+            ok = n < length
+            slot = n
+            if HAS_SLOTS:
+                slot = tl.load(SLOTS + row * slots_stride + n, mask=ok, other=-1)
+                ok = slot >= 0
+                slot = tl.maximum(slot, 0)
+            if HAS_WINDOW:
+                slot = tl.where(n < sink, n, n + skipped)
+            page = tl.load(TABLE + row * table_stride + slot // PAGE, mask=ok, other=0)
+            at = page.to(tl.int64) * PAGE + slot % PAGE
+            k = _codes(K, at, DIMS, DP // HALVES)
+            if HAS_MOVED:  # the oldest slots have keys of their own: positions inside the cache
+                other = MOVED + (row * moved + slot)[:, None] * D + di[None, :]
+                own = (slot < moved)[:, None]
+                k = tl.where(own, tl.load(other, mask=own & (di < D)[None, :], other=0.0), k)
+            if FORMAT == 0:
+                s = tl.dot(q, tl.trans(k.to(q.dtype)), input_precision="ieee" if PRECISE else "tf32")
+            elif FORMAT == 1:
+                s = tl.dot(q, tl.trans(k.to(q.dtype)))
+                s = s * tl.load(K_SCALE + at)[None, :].to(tl.float32)
+            else:
+                s = tl.dot(q, tl.trans((k & 15).to(q.dtype))) * tl.load(K_SCALE + at * 4)[None, :].to(tl.float32)
+                s += q_sum[:, None] * tl.load(K_SCALE + at * 4 + 1)[None, :].to(tl.float32)
+                s += tl.dot(q_high, tl.trans((k >> 4).to(q.dtype))) * tl.load(K_SCALE + at * 4 + 2)[None, :].to(
+                    tl.float32
+                )
+                s += q_high_sum[:, None] * tl.load(K_SCALE + at * 4 + 3)[None, :].to(tl.float32)
+            s = s * scale
+            if HAS_CAP:
+                s = softcap * (2 * tl.sigmoid(2 * s / softcap) - 1) * 1.4426950408889634
+            if HAS_EXTRA:
+                more = tl.load(
+                    EXTRA + row * extra_row + gi[:, None] * extra_head + slot[None, :],
+                    mask=some[:, None] & ok[None, :], other=0.0,
+                )  # fmt: skip
+                s += more * 1.4426950408889634
+            s = tl.where(ok[None, :], s, float("-inf"))
+            if WRITE_LOGIT:  # the logits of a key lie together, so that a key is one store
+                to = LOGIT + (row * logit_stride + n)[:, None] * G + gi[None, :]
+                tl.store(to, tl.trans(s), mask=(n < length)[:, None] & some[None, :])
+            if VALUES:
+                new = tl.maximum(top, tl.max(s, 1))
+                base = tl.where(new == float("-inf"), 0.0, new) if HAS_EXTRA or HAS_SLOTS else new
+                fade = tl.exp2(top - base)
+                p = tl.exp2(s - base[:, None])
+                total = total * fade + tl.sum(p, 1)
+                acc = acc * fade[:, None]
+                v = _codes(V, at, WIDE, DVP // HALVES)
+                if FORMAT == 0:
+                    acc = tl.dot(p.to(q.dtype), v.to(q.dtype), acc, input_precision="ieee" if PRECISE else "tf32")
+                elif FORMAT == 1:
+                    p *= tl.load(V_SCALE + at)[None, :].to(tl.float32)
+                    acc = tl.dot(p.to(q.dtype), v.to(q.dtype), acc)
+                else:
+                    low_p = p * tl.load(V_SCALE + at * 4)[None, :].to(tl.float32)
+                    acc = tl.dot(low_p.to(q.dtype), (v & 15).to(q.dtype), acc)
+                    acc += tl.sum(p * tl.load(V_SCALE + at * 4 + 1)[None, :].to(tl.float32), 1)[:, None]
+                    high_p = p * tl.load(V_SCALE + at * 4 + 2)[None, :].to(tl.float32)
+                    high = tl.dot(high_p.to(q.dtype), (v >> 4).to(q.dtype), high * fade[:, None])
+                    high += tl.sum(p * tl.load(V_SCALE + at * 4 + 3)[None, :].to(tl.float32), 1)[:, None]
+                top = new
+        if VALUES:
+            seen = tl.maximum(total, 1e-30)
+            out_at = OUT + pid * G * DV + gi[:, None] * DV + dv[None, :]
+            out_ok = some[:, None] & (dv < WIDE)[None, :]
+            tl.store(out_at, acc / seen[:, None], mask=out_ok)
+            if FORMAT == 2:
+                tl.store(out_at + WIDE, high / seen[:, None], mask=out_ok)
+            tl.store(LSE + pid * G + gi, tl.where(total > 0, top + tl.log2(seen), float("-inf")), mask=some)
+
+
+@triton.jit
+def _merge(
+    PART, PART_LSE, LENGTH, SINKS, OUT, LSE, limit, rows, pieces,
+    G: tl.constexpr, DV: tl.constexpr, DB: tl.constexpr, NB: tl.constexpr, RP: tl.constexpr, BN: tl.constexpr,
+    LEAST_TILES: tl.constexpr, MANY: tl.constexpr, HAS_SINKS: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
+    """One program per (row, query head, stretch of the value): the pieces of the row, joined."""
+    pid = tl.program_id(0)
+    stretch, head = pid % NB, pid // NB
+    row, g = head // G, head % G
+    r = tl.arange(0, RP)
+    length = tl.minimum(tl.load(LENGTH + r, mask=r < rows, other=0), limit)
+    tiles = (length + BN - 1) // BN
+    chunk = tl.maximum((tl.sum(tiles, 0) + pieces - 1) // pieces, LEAST_TILES)
+    n = (tiles + chunk - 1) // chunk
+    first = tl.sum(tl.where(r < row, n, 0), 0)
+    count = tl.sum(tl.where(r == row, n, 0), 0)
+    di = stretch * DB + tl.arange(0, DB)
+    many = tl.arange(0, MANY)
+    if PDL:
+        tl.extra.cuda.gdc_wait()
+        tl.extra.cuda.gdc_launch_dependents()
+    top = tl.full([], float("-inf"), tl.float32)
+    total = tl.full([], 0.0, tl.float32)
+    acc = tl.zeros([DB], tl.float32)
+    for p0 in range(0, count, MANY):
+        ok = p0 + many < count
+        at = (first + p0 + many) * G + g
+        lse = tl.load(PART_LSE + at, mask=ok, other=float("-inf"))
+        part = tl.load(PART + at[:, None] * DV + di[None, :], mask=ok[:, None] & (di < DV)[None, :], other=0.0)
+        new = tl.maximum(top, tl.max(lse, 0))
+        base = tl.where(new == float("-inf"), 0.0, new)
+        weight = tl.exp2(lse - base)
+        fade = tl.exp2(top - base)
+        total = total * fade + tl.sum(weight, 0)
+        acc = acc * fade + tl.sum(weight[:, None] * part, 0)
+        top = new
+    if HAS_SINKS:
+        sink = tl.load(SINKS + head).to(tl.float32) * 1.4426950408889634
+        new = tl.maximum(top, sink)
+        fade = tl.exp2(top - new)
+        total = total * fade + tl.exp2(sink - new)
+        acc = acc * fade
+        top = new
+    seen = tl.maximum(total, 1e-30)
+    tl.store(OUT + head * DV + di, (acc / seen).to(OUT.dtype.element_ty), mask=di < DV)
+    if stretch == 0:
+        tl.store(LSE + head, tl.where(total > 0, (top + tl.log2(seen)) * 0.6931471805599453, float("-inf")))
+
+
+@triton.jit
+def _weigh(
+    LOGIT, LSE, LENGTH, WEIGHT, logit_stride, width, limit,
+    G: tl.constexpr, GP: tl.constexpr, BN: tl.constexpr, SUM: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
+    """Logits to weights, [rows, group, width] or, summed over the group, [rows, width]; zero past a row's length."""
+    if PDL:
+        tl.extra.cuda.gdc_wait()
+        tl.extra.cuda.gdc_launch_dependents()
+    row = tl.program_id(1).to(tl.int64)
+    n = tl.program_id(0) * BN + tl.arange(0, BN)
+    gi = tl.arange(0, GP)
+    length = tl.minimum(tl.load(LENGTH + row), limit)
+    some = (gi < G)[:, None]
+    lse = tl.load(LSE + row * G + gi, mask=gi < G, other=0.0) * 1.4426950408889634
+    lse = tl.where(lse == float("-inf"), 0.0, lse)
+    at = (row * logit_stride + n)[None, :] * G + gi[:, None]
+    s = tl.load(LOGIT + at, mask=some & (n < length)[None, :], other=float("-inf"))
+    p = tl.exp2(s - lse[:, None])
+    if SUM:
+        tl.store(WEIGHT + row * width + n, tl.sum(p, 0), mask=n < width)
+    else:
+        tl.store(WEIGHT + (row * G + gi[:, None]) * width + n[None, :], p, mask=some & (n < width)[None, :])
+
+
+# ---------------------------------------------------------------------- launching
+
+
+class Wanted(NamedTuple):
+    """What decode attention returns beside the output: weights of every query head, or summed over a group, or logits alone."""
+
+    weights: bool = False
+    mass: bool = False
+    logits: bool = False
+
+
+NOTHING = Wanted()
+
+
+def launch(
+    q: Tensor,
+    key: Tensor,
+    value: Tensor,
+    table: Tensor,
+    length: Tensor,
+    bound: int,
+    scale: float,
+    *,
+    softcap: float | None = None,
+    sinks: Tensor | None = None,
+    extra: Tensor | None = None,
+    slots: Tensor | None = None,
+    moved: Tensor | None = None,
+    window: tuple[int, int] | None = None,
+    scales: tuple[Tensor, Tensor] | None = None,
+    format: str | None = None,
+    want: Wanted = NOTHING,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Run the kernels on checked arguments: (out, lse, weights or mass or logits); see `foveal.ops.attend_ragged`."""
+    rows, G, D = q.shape
+    PAGE, halves = key.shape[1], 2 if format == "int4" else 1
+    DV = value.shape[2] * halves
+    limit = bound if slots is None else slots.shape[1]
+    lengths = length if slots is None else torch.full_like(length, limit)
+    if window is not None:
+        limit = min(limit, sum(window))
+    pieces = pieces_for(rows, q.device)
+    part = q.new_empty(pieces + rows, G, DV, dtype=torch.float32)
+    part_lse = q.new_empty(pieces + rows, G, dtype=torch.float32)
+    explicit = want.weights or want.mass or want.logits
+    logit = q.new_empty(rows, limit, G, dtype=torch.float32) if explicit else part
+    pdl = q.is_cuda and torch.cuda.get_device_capability(q.device)[0] >= 9
+    how = {"launch_pdl": True} if pdl else {}
+    RP = triton.next_power_of_2(rows)
+    settings = tile_settings(D, DV, q.element_size())
+    _split[(pieces + rows,)](
+        q, key, value, table, lengths, _or(slots, table), _or(extra, part), _or(moved, q), *(scales or (part, part)),
+        part, part_lse, logit, table.stride(0), 0 if slots is None else slots.stride(0),
+        0 if extra is None else extra.stride(0), 0 if extra is None or extra.shape[1] == 1 else extra.stride(1),
+        limit, 0 if moved is None else moved.shape[1], 0 if window is None else window[0], limit, rows, pieces,
+        scale if softcap is not None else scale * LOG2E, softcap or 0.0,
+        G=G, D=D, DP=triton.next_power_of_2(D), DV=DV, DVP=triton.next_power_of_2(DV), PAGE=PAGE, RP=RP, GP=GROUP,
+        LEAST_TILES=LEAST, FORMAT=FORMATS[format], HAS_SLOTS=slots is not None, HAS_EXTRA=extra is not None,
+        HAS_MOVED=moved is not None, HAS_CAP=softcap is not None, HAS_WINDOW=window is not None, WRITE_LOGIT=explicit,
+        VALUES=not want.logits, PRECISE=q.dtype == torch.float32, PDL=pdl, **settings, **how,
+    )  # fmt: skip
+    out, lse = q.new_empty(rows, G, DV), q.new_empty(rows, G, dtype=torch.float32)
+    if want.logits:
+        return out, lse, logit
+    NB = 4 if DV >= 128 else 1
+    _merge[(rows * G * NB,)](
+        part, part_lse, lengths, _or(sinks, part), out, lse, limit, rows, pieces, G=G, DV=DV,
+        DB=triton.next_power_of_2(-(-DV // NB)), NB=NB, RP=RP, BN=settings["BN"], LEAST_TILES=LEAST, MANY=64,
+        HAS_SINKS=sinks is not None, PDL=pdl, num_warps=4, **how,
+    )  # fmt: skip
+    if not explicit:
+        return out, lse, part_lse
+    weights = q.new_empty((rows, limit) if want.mass else (rows, G, limit), dtype=torch.float32)
+    _weigh[(triton.cdiv(limit, 512), rows)](
+        logit, lse, lengths, weights, limit, limit, limit, G=G, GP=triton.next_power_of_2(G), BN=512, SUM=want.mass,
+        PDL=pdl, num_warps=4, **how,
+    )  # fmt: skip
+    return out, lse, weights
+
+
+def pieces_for(rows: int, device: torch.device) -> int:
+    """Pieces of all rows together: enough to keep every multiprocessor's loads in flight, few enough to merge cheaply."""
+    processors = torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 4
+    return max(3 * processors, min(2048, 4 * rows))
+
+
+def tile_settings(head_dim: int, value_dim: int, itemsize: int) -> dict[str, int]:
+    """Keys of a tile, pipeline stages and warps by head size."""
+    if itemsize == 4:
+        return {"BN": 32, "STAGES": 2, "num_warps": 4}
+    if max(head_dim, value_dim) > 128:
+        return {"BN": TILE, "STAGES": 2, "num_warps": 4}
+    return {"BN": TILE, "STAGES": 3, "num_warps": 4}
+
+
+def _or(x: Tensor | None, placeholder: Tensor) -> Tensor:
+    return placeholder if x is None else x
+
+
+# ---------------------------------------------------------------------- compiling without a GPU
+
+
+def variants() -> list[Variant]:
+    """The launches of these kernels over head sizes, types and options."""
+    found = []
+    for D in (64, 96, 128, 256):
+        for flags in ({}, {"WRITE_LOGIT": True}, {"HAS_EXTRA": True, "HAS_SLOTS": True}):
+            found.append(_variant(D, "bf16", "bf16", **flags))
+    found += [_variant(D, "bf16", "i8" if f == "int8" else "u8" if f == "int4" else "fp8e4nv", FORMAT=FORMATS[f])
+              for D in (64, 128) for f in ("fp8", "int8", "int4")]  # fmt: skip
+    found.append(_variant(128, "fp16", "fp16", HAS_CAP=True, HAS_WINDOW=True))
+    found.append(_variant(128, "bf16", "bf16", HAS_MOVED=True))
+    for sinks in (False, True):
+        signature = dict.fromkeys(("PART", "PART_LSE", "SINKS", "LSE"), "*fp32") | {"LENGTH": "*i32", "OUT": "*bf16"}
+        signature |= dict.fromkeys(("limit", "rows", "pieces"), "i32")
+        constants = {"G": 4, "DV": 128, "DB": 32, "NB": 4, "RP": 8, "BN": TILE, "LEAST_TILES": LEAST, "MANY": 64}
+        constants |= {"HAS_SINKS": sinks, "PDL": True}
+        found.append(Variant(f"merge sinks={sinks}", _merge, signature, constants, {"num_warps": 4}))
+    return found
+
+
+def _variant(D: int, dtype: str, stored: str, **flags) -> Variant:
+    pointers = {"Q": f"*{dtype}", "MOVED": f"*{dtype}", "K": f"*{stored}", "V": f"*{stored}"}
+    pointers |= dict.fromkeys(("TABLE", "LENGTH", "SLOTS"), "*i32") | dict.fromkeys(("K_SCALE", "V_SCALE"), "*fp16")
+    pointers |= dict.fromkeys(("EXTRA", "OUT", "LSE", "LOGIT"), "*fp32")
+    numbers = dict.fromkeys(("table_stride", "slots_stride", "extra_row", "extra_head", "logit_stride"), "i32")
+    numbers |= dict.fromkeys(("moved", "sink", "limit", "rows", "pieces"), "i32") | {"scale": "fp32", "softcap": "fp32"}
+    settings = tile_settings(D, D, 2)
+    constants = {"G": 4, "D": D, "DP": triton.next_power_of_2(D), "DV": D, "DVP": triton.next_power_of_2(D), "PAGE": 32}
+    constants |= {
+        "RP": 8,
+        "GP": GROUP,
+        "BN": settings["BN"],
+        "LEAST_TILES": LEAST,
+        "FORMAT": 0,
+        "STAGES": settings["STAGES"],
+    }
+    constants |= dict.fromkeys(
+        ("HAS_SLOTS", "HAS_EXTRA", "HAS_MOVED", "HAS_CAP", "HAS_WINDOW", "WRITE_LOGIT", "PRECISE"), False
+    )
+    constants |= {"VALUES": True, "PDL": True} | flags
+    name = f"decode {D} {dtype}/{stored} " + " ".join(k for k, v in flags.items() if v)
+    return Variant(name, _split, pointers | numbers, constants, {"num_warps": settings["num_warps"]})

@@ -1,0 +1,314 @@
+"""Keys and values in pages, one list of pages for each row (sequence, KV head), and decode attention over them.
+
+A row may hold 200 keys while its neighbour holds 100,000; lengths live on the device, so they change under one captured
+graph. Slots are logical: slot n of a row lies in page `table[row, n // size]`.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from foveal.errors import InputError
+
+from .dense import wide
+from .formats import code_like, decode
+from .ragged import Attended, Logit, attend_padded, logits
+from .route import Route, has_triton, no_kernel, routed
+
+MOST_QUERIES = 16  # of one KV head; one tile of the kernel
+
+
+@dataclass(frozen=True)
+class Pages:
+    """Keys and values of all rows.
+
+    key: [pages, size, head_dim], value: [pages, size, value_dim], or their codes (see `foveal.ops.formats`).  table: int32 [rows, most],
+    the pages of each row in order.  length: int32 [rows].  bound: no row is longer.  format, key_scale, value_scale: how codes are read.
+    """
+
+    key: Tensor
+    value: Tensor
+    table: Tensor
+    length: Tensor
+    bound: int
+    format: str | None = None
+    key_scale: Tensor | None = None
+    value_scale: Tensor | None = None
+
+    @property
+    def size(self) -> int:
+        """Keys of a page."""
+        return self.key.shape[1]
+
+    @property
+    def rows(self) -> int:
+        return self.table.shape[0]
+
+    def at(self, slots: Tensor) -> Tensor:
+        """Where slots [rows, m] lie in the pools flattened over pages."""
+        page = self.table.gather(1, (slots // self.size).long())
+        return page.long() * self.size + slots % self.size
+
+    def gather(self, name: str, slots: Tensor, dtype: torch.dtype) -> Tensor:
+        """Keys or values at slots [rows, m] as numbers: [rows, m, head_dim]."""
+        at = self.at(slots).flatten()
+        x = _take(getattr(self, name), at)
+        x = (
+            x.to(dtype)
+            if self.format is None
+            else decode(x, _take(getattr(self, name + "_scale"), at), self.format, dtype)
+        )
+        return x.unflatten(0, slots.shape)
+
+
+def _take(pool: Tensor, at: Tensor) -> Tensor:
+    flat = pool.flatten(0, 1)
+    if flat.dtype == torch.float8_e4m3fn:  # not every device indexes it
+        return flat.view(torch.uint8).index_select(0, at).view(flat.dtype)
+    return flat.index_select(0, at)
+
+
+def attend_ragged(
+    q: Tensor,
+    pages: Pages,
+    logit: Logit,
+    *,
+    extra: Tensor | None = None,
+    hidden: Tensor | None = None,
+    slots: Tensor | None = None,
+    moved: Tensor | None = None,
+    window: tuple[int, int] | None = None,
+    want: str = "",
+) -> Attended:
+    """Decode attention of packed rows over their pages.
+
+    q: [rows, group, head_dim].  extra: added to the logits after scaling and soft-cap, [rows, 1 or group, bound], 0 for none.  hidden:
+    bool, broadcast to [rows, group, bound], True where a key is not seen.  slots: int [rows, m], attend to these keys alone, -1 for
+    none.  moved: [rows, m, head_dim], keys that stand in the place of the first m slots.  window = (first, last): only the first and
+    the last so many slots of a row are seen.  logit.sinks: [rows, group].
+
+    want: "" for the output, "weights" for [rows, group, width], "mass" for their sum over the group, [rows, width]; width is m with
+    `slots`, else `bound`. The log-sum-exp [rows, group] (natural) always comes along. Rows that see nothing return 0 and -inf.
+
+    Raises InputError for shapes and combinations that do not fit.
+    """
+    _check(q, pages, logit, extra, hidden, slots, moved, window, want)
+    if hidden is not None:
+        shape = torch.broadcast_shapes(hidden.shape, (pages.rows, 1, pages.bound))
+        base = torch.zeros((), device=q.device) if extra is None else extra.float()
+        extra = base.expand(torch.broadcast_shapes(shape, base.shape)).masked_fill(hidden, -math.inf)
+    if _route(q, pages, logit).name == "torch":
+        return _torch(q, pages, logit, extra, slots, moved, window, want)
+    out, lse, weights = _KERNEL(
+        q.contiguous(), pages.key, pages.value, pages.table, pages.length, pages.bound, logit.scale, logit.softcap,
+        None if logit.sinks is None else logit.sinks.contiguous(), None if extra is None else extra.float().contiguous(),
+        None if slots is None else slots.to(torch.int32).contiguous(), None if moved is None else moved.contiguous(),
+        None if window is None else list(window), pages.key_scale, pages.value_scale, pages.format, want,
+    )  # fmt: skip
+    return Attended(out, weights if want else None, lse)
+
+
+@routed("attend_ragged")
+def _route(q: Tensor, pages: Pages, logit: Logit, **_) -> Route:
+    why = no_kernel(q)
+    if why is None and q.dtype == torch.float64:
+        why = "the kernel has no float64"
+    if why is None and q.shape[1] > MOST_QUERIES:
+        why = f"{q.shape[1]} query heads share a KV head and the kernel packs {MOST_QUERIES}"
+    if why is None and max(q.shape[2], pages.value.shape[2]) > 256:
+        why = "the kernel takes heads of up to 256 dimensions"
+    if why is None:
+        return Route("triton", "pages on a CUDA device")
+    return Route("torch", why)
+
+
+def _check(q, pages, logit, extra, hidden, slots, moved, window, want) -> None:
+    _, width = code_like(q, pages.format)
+    if q.dim() != 3 or q.shape[0] != pages.rows or pages.key.shape[2] != width:
+        raise InputError(
+            f"expected q [{pages.rows} rows, group, head_dim] for pages with keys of width {pages.key.shape[2]}, got {list(q.shape)}"
+        )
+    if want not in ("", "weights", "mass"):
+        raise InputError(f"want = {want!r}: expected '', 'weights' or 'mass'")
+    if (pages.format is None) != (pages.key_scale is None):
+        raise InputError("pages of codes need key_scale and value_scale, and plain pages must not have them")
+    for name, x in (("extra", extra), ("hidden", hidden)):
+        if x is not None and (x.dim() != 3 or x.shape[2] != pages.bound or x.shape[1] not in (1, q.shape[1])):
+            raise InputError(f"expected {name} [{pages.rows}, 1 or {q.shape[1]}, {pages.bound}], got {list(x.shape)}")
+    if slots is not None and (slots.dim() != 2 or slots.shape[0] != pages.rows):
+        raise InputError(f"expected slots [{pages.rows} rows, m], got {list(slots.shape)}")
+    if window is not None and (slots is not None or moved is not None or min(window) < 0 or window[1] < 1):
+        raise InputError("window = (first, last) takes last >= 1 and goes with neither `slots` nor `moved`")
+    if logit.sinks is not None and logit.sinks.shape != q.shape[:2]:
+        raise InputError(f"expected sinks {list(q.shape[:2])}, got {list(logit.sinks.shape)}")
+
+
+def _torch(q, pages: Pages, logit: Logit, extra, slots, moved, window, want: str) -> Attended:
+    """Gather and attend: what the kernel means, and the path where there is none."""
+    picked, seen = _slots(pages, slots, window)
+    out_of = {name: pages.gather(name, picked, wide(q.dtype)) for name in ("key", "value")}
+    if moved is not None:
+        m = moved.shape[1]
+        own = (picked < m)[..., None]
+        at = picked.clamp(max=m - 1)[..., None].expand(-1, -1, moved.shape[2])
+        out_of["key"] = torch.where(own, moved.to(wide(q.dtype)).gather(1, at), out_of["key"])
+    if extra is not None:
+        at = picked[:, None].expand(-1, extra.shape[1], -1)
+        extra = extra.expand(pages.rows, -1, -1).gather(2, at)
+    how = {"extra": extra, "hidden": ~seen[:, None], "need_lse": True, "may_be_blind": True}
+    got = attend_padded(q.to(wide(q.dtype)), out_of["key"], out_of["value"], logit, **how)
+    weights = {"": None, "weights": got.weights, "mass": got.weights.sum(1)}[want]
+    return Attended(got.out.to(q.dtype), weights, got.lse)
+
+
+def _slots(pages: Pages, slots: Tensor | None, window: tuple[int, int] | None) -> tuple[Tensor, Tensor]:
+    """The slots that are read, int64 [rows, m], and which of them hold a key."""
+    length = pages.length[:, None]
+    if slots is not None:
+        return slots.clamp(min=0).long(), slots >= 0
+    n = torch.arange(pages.bound, device=pages.table.device).expand(pages.rows, -1)
+    if window is None:
+        return n * (n < length), n < length
+    first, last = window
+    n = n[:, : first + last]
+    skipped = (length - first - last).clamp(min=0)
+    slot = torch.where(n < first, n, n + skipped)
+    return slot * (slot < length), slot < length
+
+
+def page_logits(q: Tensor, pages: Pages, logit: Logit, *, moved: Tensor | None = None) -> Tensor:
+    """Scaled and soft-capped logits of packed queries, float32 [rows, group, bound]; what stands past a row's length means nothing."""
+    if _route(q, pages, logit).name == "torch":
+        picked, _ = _slots(pages, None, None)
+        key = pages.gather("key", picked, wide(q.dtype))
+        if moved is not None:
+            key = torch.cat([moved.to(key.dtype), key[:, moved.shape[1] :]], 1)[:, : pages.bound]
+        return logits(q.to(wide(q.dtype)), key, logit._replace(sinks=None))
+    empty = [None] * 2
+    _, _, x = _KERNEL(
+        q.contiguous(), pages.key, pages.value, pages.table, pages.length, pages.bound, logit.scale, logit.softcap,
+        *empty, None, None if moved is None else moved.contiguous(), None, pages.key_scale, pages.value_scale, pages.format,
+        "logits",
+    )  # fmt: skip
+    return x
+
+
+def _kernel(
+    q: Tensor, key: Tensor, value: Tensor, table: Tensor, length: Tensor, bound: int, scale: float,
+    softcap: float | None, sinks: Tensor | None, extra: Tensor | None, slots: Tensor | None, moved: Tensor | None,
+    window: list[int] | None, key_scale: Tensor | None, value_scale: Tensor | None, format: str | None, want: str,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    from .gpu.ragged import LN2, Wanted, launch
+
+    wanted = Wanted(want == "weights", want == "mass", want == "logits")
+    out, lse, x = launch(
+        q, key, value, table, length, bound, scale, softcap=softcap, sinks=sinks, extra=extra, slots=slots, moved=moved,
+        window=None if window is None else tuple(window), format=format,
+        scales=None if key_scale is None else (key_scale, value_scale), want=wanted,
+    )  # fmt: skip
+    if want == "logits":
+        return out, lse, x.mul_(LN2).transpose(1, 2)
+    return out, lse, x if want else q.new_empty(0, dtype=torch.float32)
+
+
+_KERNEL = torch.library.custom_op("foveal::attend_ragged", _kernel, mutates_args=(), schema=(
+    "(Tensor q, Tensor key, Tensor value, Tensor table, Tensor length, SymInt bound, float scale, float? softcap, "
+    "Tensor? sinks, Tensor? extra, Tensor? slots, Tensor? moved, SymInt[]? window, Tensor? key_scale, "
+    "Tensor? value_scale, str? format, str want) -> (Tensor, Tensor, Tensor)"
+))  # fmt: skip
+
+
+@_KERNEL.register_fake
+def _(q, key, value, table, length, bound, scale, softcap, sinks, extra, slots, moved, window, key_scale, value_scale,
+      format, want):  # fmt: skip
+    rows, group, _ = q.shape
+    width = slots.shape[1] if slots is not None else bound if window is None else min(bound, sum(window))
+    shape = {"": (0,), "weights": (rows, group, width), "mass": (rows, width), "logits": (rows, group, width)}[want]
+    value_dim = value.shape[2] * (2 if format == "int4" else 1)
+    return q.new_empty(rows, group, value_dim), *(q.new_empty(s, dtype=torch.float32) for s in ((rows, group), shape))
+
+
+# ---------------------------------------------------------------------- moves of one key a row
+
+
+def append_page_keys(
+    pages: Pages, free: Tensor, top: Tensor, key: Tensor, value: Tensor, token: Tensor, ids: Tensor
+) -> None:
+    """One key a row, in place: key [rows, head_dim], value [rows, value_dim]; ids int32 [rows] are written into token [rows, most].
+
+    free: int32 stack of page numbers nobody uses, top: int32 [1], how many there are; a row at a page's end takes one.
+    """
+    if no_kernel(key) is None:
+        from .gpu.pages import append
+
+        append(pages, free, top, key, value, token, ids)
+        return
+    n = pages.length.long()
+    rows = torch.arange(len(n), device=n.device)
+    turn = n % pages.size == 0
+    taken = turn.long().cumsum(0)
+    fresh = free[(top.long() - taken).clamp(min=0)]
+    at = (rows, n // pages.size)
+    pages.table[at] = torch.where(turn, fresh, pages.table[at])
+    top -= taken[-1].to(top.dtype)
+    put(pages, n[:, None], key[:, None], value[:, None])
+    token[rows, n] = ids
+    pages.length.add_(1)
+
+
+def drop_page_keys(pages: Pages, free: Tensor, top: Tensor, slot: Tensor) -> None:
+    """Swap-remove one key a row, in place: the last key moves into slot [rows]; -1 removes nothing. Emptied pages become free."""
+    if no_kernel(slot) is None:
+        from .gpu.pages import drop
+
+        drop(pages, free, top, slot)
+        return
+    n = pages.length.long()
+    gone = (slot >= 0) & (slot < n)
+    last = (n - 1).clamp(min=0)
+    source, target = pages.at(last[:, None]).flatten(), pages.at(slot.where(gone, last)[:, None]).flatten()
+    for pool in pools(pages):
+        flat = pool.flatten(0, 1)
+        flat[target] = flat[source]
+    emptied = gone & (last % pages.size == 0)
+    rank = top.long() + emptied.long().cumsum(0) - 1
+    freed = pages.table.gather(1, (last // pages.size)[:, None]).flatten()
+    free[rank[emptied]] = freed[emptied]
+    top += emptied.sum().to(top.dtype)
+    pages.length.sub_(gone.to(pages.length.dtype))
+
+
+def put(pages: Pages, slots: Tensor, key: Tensor | None, value: Tensor | None) -> None:
+    """Write keys or values [rows, m, head_dim] at slots [rows, m], encoded as the pages are."""
+    from .formats import encode
+
+    at = pages.at(slots).flatten()
+    for name, x in (("key", key), ("value", value)):
+        if x is None:
+            continue
+        pool, flat = getattr(pages, name).flatten(0, 1), x.flatten(0, 1)
+        if pages.format is None:
+            pool[at] = flat.to(pool.dtype)
+        else:
+            codes, scales = encode(flat, pages.format)
+            getattr(pages, name + "_scale").flatten(0, 1)[at] = scales
+            as_bytes(pool)[at] = as_bytes(codes)
+
+
+def pools(pages: Pages) -> list[Tensor]:
+    """Everything that is stored per key, in a type every device can index."""
+    scales = [x for x in (pages.key_scale, pages.value_scale) if x is not None]
+    return [as_bytes(pages.key), as_bytes(pages.value), *scales]
+
+
+def as_bytes(x: Tensor) -> Tensor:
+    return x.view(torch.uint8) if x.dtype == torch.float8_e4m3fn else x
+
+
+def kernels_here() -> bool:
+    """Whether captured decode has kernels to run."""
+    return has_triton() and torch.cuda.is_available()

@@ -1,0 +1,333 @@
+"""The rows of a layer in pages: what the ragged store is made of on a GPU.
+
+Keys and values lie in one pool of pages a layer, and each row (sequence, KV head) has a list of its own; what is per key
+and small (token ids, scores, masses) stays a rectangle over logical slots, which methods read as plain tensors. Lengths,
+page lists and the stack of free pages live on the device, so one key more or less needs no word from the host. The host
+keeps what it can know without asking: exact lengths while every move was unconditional, and for how many more keys the
+free pages are sure to last.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor
+
+from .errors import InputError
+from .ops.formats import WIDTHS, check_format, code_like
+from .ops.pages import Pages, append_page_keys, as_bytes, drop_page_keys, pools, put
+from .rows import FIXED, Piece, Rows, places_of, pool, round_up
+
+SIZE = 32  # keys of a page: larger ones waste more of short rows, smaller ones cost page lists
+
+
+class PagedRows(Rows):
+    """All rows of a layer. `fixed` rows show the host nothing but their capacity, as a captured graph must see them."""
+
+    __slots__ = ("_bound", "assured", "fixed", "format", "free", "generation", "host", "pool", "table", "top")
+
+    def __init__(
+        self,
+        pool: Pages,
+        planes: dict[str, Tensor],
+        fills: Mapping[str, float],
+        lengths: Sequence[int],
+        heads: frozenset[int],
+        dtype: torch.dtype,
+    ):
+        """pool: pages 0, 1, ... are taken row by row for `lengths` keys each; the rest is free."""
+        self.pool, self.planes, self.fills, self.heads, self.dtype = pool, planes, fills, heads, dtype
+        self.index, self.fixed, self.pages, self.room = None, False, {}, SIZE
+        self.generation = 0  # grows when memory moves, which a captured graph cannot follow
+        device, total = pool.key.device, pool.key.shape[0]
+        self.arange = torch.arange(len(lengths), device=device)
+        self.host: list[int] | None = list(lengths)
+        self._bound = max(lengths, default=0)
+        taken = sum(_pages(n) for n in lengths)
+        self.free = torch.arange(
+            taken, taken + total, dtype=torch.int32, device=device
+        )  # entries past `top` mean nothing
+        self.top = torch.full((1,), total - taken, dtype=torch.int32, device=device)
+        self.assured = 0
+
+    # ------------------------------------------------------------------ what there is
+
+    paged = True
+
+    @property
+    def bound(self) -> int:
+        return self.capacity if self.fixed else self._bound
+
+    @property
+    def length(self) -> Tensor | None:
+        same = not self.fixed and self.host is not None and len(set(self.host)) <= 1
+        return None if same else self.pool.length.long()
+
+    @property
+    def view(self) -> Pages:
+        """The pages as operations take them."""
+        p = self.pool
+        return Pages(p.key, p.value, p.table, p.length, self.bound, p.format, p.key_scale, p.value_scale)
+
+    @property
+    def capacity(self) -> int:
+        return self.planes["token"].shape[1]
+
+    @property
+    def device(self) -> torch.device:
+        return self.arange.device
+
+    @property
+    def widths(self) -> tuple[int, int]:
+        halves = 2 if self.pool.format == "int4" else 1
+        return self.pool.key.shape[2] * halves, self.pool.value.shape[2] * halves
+
+    @property
+    def nbytes(self) -> int:
+        helpers = (self.pool.table, self.pool.length, self.arange, self.free, self.top)
+        pooled = [page for page, _ in self.pages.values()]
+        return sum(t.nbytes for t in (*pools(self.pool), *self.planes.values(), *helpers, *pooled))
+
+    def held(self, heads: set[int], kv_heads: int) -> int | None:
+        if self.fixed or self.host is None:
+            return None
+        found = {n for row, n in enumerate(self.host) if row % kv_heads in heads}
+        return found.pop() if len(found) == 1 else None
+
+    def lengths(self) -> list[int]:
+        if self.host is None:
+            self.host = self.pool.length.tolist()
+            self._bound = max(self.host)
+        return self.host
+
+    def used(self) -> Tensor:
+        return self.read("token") != self.fills["token"]
+
+    def read(self, name: str) -> Tensor:
+        if name not in FIXED:
+            return self.planes[name][:, : self.bound]
+        return self.gather(name, torch.arange(self.bound, device=self.device).expand(len(self.arange), -1))
+
+    def gather(self, name: str, slots: Tensor) -> Tensor:
+        if name in FIXED:
+            return self.view.gather(name, slots, self.dtype)
+        return self.planes[name][self.arange[:, None], slots]
+
+    def put(self, name: str, slots: Tensor, x: Tensor) -> None:
+        if name in FIXED:
+            put(self.pool, slots, *((x, None) if name == "key" else (None, x)))
+        else:
+            self.planes[name][self.arange[:, None], slots] = x
+
+    # ------------------------------------------------------------------ growing
+
+    def reserve(self, extra: int) -> None:
+        if extra <= self.assured and self._bound + extra <= self.capacity:
+            return
+        lengths = self.lengths()  # the bounds may have drifted from the truth: look before growing
+        have = self.pool.key.shape[0] - sum(_pages(n) for n in lengths)
+        need = sum(_pages(n + extra) - _pages(n) for n in lengths)
+        room = max(self.room, self.capacity // 64)
+        if have < need:
+            more = max(need - have, len(lengths) * (room // SIZE if self._bound else 0))
+            self._more_pages(have, more)
+            have += more
+        if self._bound + extra > self.capacity:
+            self._widen(max(self._bound + extra, self.capacity + (room if self._bound else 0)))
+        if self._bound:
+            self.room = min(2 * room, max(64, self.capacity // 16))
+        self.assured = max(extra, have // len(lengths) * SIZE)
+
+    def _more_pages(self, have: int, more: int) -> None:
+        p, old = self.pool, self.pool.key.shape[0]
+        grown = {}
+        for name in ("key", "value", "key_scale", "value_scale"):
+            x = getattr(p, name)
+            if x is not None:
+                new = x.new_zeros(old + more, *x.shape[1:])
+                as_bytes(new)[:old] = as_bytes(x)
+                grown[name] = new
+        self.pool = Pages(**{**vars(p), **grown})
+        self.generation += 1
+        fresh = torch.arange(old, old + more, dtype=torch.int32, device=self.device)
+        self.free = torch.cat([self.free[:have], fresh, self.free.new_zeros(old - have)])
+        self.top = torch.full_like(self.top, have + more)
+
+    def _widen(self, least: int) -> None:
+        """Room for more slots in the rectangles and the page lists."""
+        wanted = round_up(least, SIZE)
+        for name, plane in self.planes.items():
+            new = plane.new_full((plane.shape[0], wanted, *plane.shape[2:]), self.fills[name])
+            new[:, : self._bound] = plane[:, : self._bound]
+            self.planes[name] = new
+        table = self.pool.table
+        new = table.new_zeros(table.shape[0], wanted // SIZE)
+        new[:, : table.shape[1]] = table
+        self.pool = Pages(**{**vars(self.pool), "table": new})
+        self.pages.clear()
+        self.generation += 1
+
+    def append(self, key: Tensor, value: Tensor, ids: int | Tensor) -> None:
+        extra = key.shape[1]
+        self.reserve(extra)
+        if extra > 1:
+            self._append_many(key, value, ids)
+            return
+        if not isinstance(ids, Tensor):
+            ids = torch.full((len(self.arange),), ids, dtype=torch.int32, device=self.device)
+        ids = ids.flatten().to(torch.int32).contiguous()
+        append_page_keys(self.view, self.free, self.top, key[:, 0], value[:, 0], self.planes["token"], ids)
+        self.advance(1)
+        for page in self.pages:
+            self._touch(*page, (self.pool.length.long() - 1) // page[1])
+
+    def advance(self, steps: int) -> None:
+        """What the host may note of keys that were appended, here or by a captured graph."""
+        self._bound += steps
+        self.assured -= steps
+        if self.host is not None:
+            self.host = [n + steps for n in self.host]
+
+    def _append_many(self, key: Tensor, value: Tensor, ids: Tensor) -> None:
+        lengths, extra = self.lengths(), key.shape[1]
+        have = self.pool.key.shape[0] - sum(_pages(n) for n in lengths)
+        places = [(row, i) for row, n in enumerate(lengths) for i in range(_pages(n), _pages(n + extra))]
+        if places:
+            row, page = torch.tensor(places, device=self.device).T
+            self.pool.table[row, page] = self.free[have - len(places) : have]
+        self.top.fill_(have - len(places))
+        slots = self.pool.length.long()[:, None] + torch.arange(extra, device=self.device)
+        put(self.pool, slots, key, value)
+        self.planes["token"].scatter_(1, slots, ids.expand(len(self.arange), -1).to(torch.int32))
+        self.pool.length.add_(extra)
+        self.advance(extra)
+        self.pages.clear()
+
+    # ------------------------------------------------------------------ letting go
+
+    def drop(self, slot: Tensor, optional: bool) -> None:
+        if self._bound == 0 and not self.fixed:
+            if optional:
+                return
+            raise InputError(
+                "Keep(drop=...) on rows that hold no key: use optional=True with slot -1 for rows that lose nothing"
+            )
+        slot, length = slot.contiguous(), self.pool.length.long()
+        gone, last = (slot >= 0) & (slot < length), (length - 1).clamp(min=0)
+        target = slot.where(gone, last)
+        for name, plane in self.planes.items():
+            moved = plane[self.arange, last]
+            plane[self.arange, target] = moved
+            at = gone.view(-1, *[1] * (moved.ndim - 1))
+            plane[self.arange, last] = moved.masked_fill(at, self.fills[name])
+        drop_page_keys(self.view, self.free, self.top, slot)
+        for page in self.pages:
+            for changed in (target, last):
+                self._touch(*page, changed // page[1])
+        if optional:
+            self.host = None
+        elif self.host is not None:
+            self.host = [n - 1 for n in self.host]
+            self._bound -= 1
+
+    # ------------------------------------------------------------------ copies
+
+    @classmethod
+    def start(
+        cls, key: Tensor, value: Tensor, planes: dict[str, Tensor], fills: Mapping[str, float], format: str | None
+    ) -> PagedRows:
+        """Rows without keys for keys and values like these, [batch, kv_heads, length, head_dim]."""
+        lengths = [0] * (key.shape[0] * key.shape[1])
+        check_format(format, key.shape[3], value.shape[3])
+        return cls(
+            _pool(key, value, format, 0, lengths), planes, fills, lengths, frozenset(range(key.shape[1])), key.dtype
+        )
+
+    def take(self, positions: Sequence[int], numbers: Sequence[int], total: int, heads: int) -> PagedRows:
+        lengths = self.lengths()
+        return self.pack([Piece(self, list(numbers), [lengths[p] for p in positions], None, list(positions))], heads)[0]
+
+    @classmethod
+    def pack(cls, pieces: Sequence[Piece], heads: int, length_class=None) -> list[PagedRows]:
+        """New rows out of pieces that make up the whole store, without pages to spare."""
+        places, first = sorted(places_of(pieces)), pieces[0].block
+        lengths = [place.length for place in places]
+        old, device = first.pool, first.device
+        pages = [_pages(n) for n in lengths]
+        start = torch.tensor([0, *pages], device=device).cumsum(0)[:-1] * SIZE
+        capacity = round_up(max(lengths), SIZE)
+        pool = _pool(old.key, old.value, old.format, sum(pages), lengths, coded=True)
+        planes = {
+            name: like.new_full((len(places), capacity, *like.shape[2:]), first.fills[name])
+            for name, like in first.planes.items()
+        }
+        for p, piece in enumerate(pieces):
+            moves = [(target, place.position, place.length) for target, place in enumerate(places) if place.piece == p]
+            if moves:
+                _copy(pool, planes, start, piece, moves)
+        return [cls(pool, planes, first.fills, lengths, frozenset(range(heads)), first.dtype)]
+
+    # ------------------------------------------------------------------ pooled pages
+
+    def pooled(self, what: str, size: int) -> Tensor:
+        if (what, size) not in self.pages:
+            source = self.gather(
+                "key" if what[0] == "k" else "value",
+                torch.arange(self.capacity, device=self.device).expand(len(self.arange), -1),
+            )
+            used = self.planes["token"] != self.fills["token"]
+            self.pages[what, size] = (pool(source, what[1:], size, used), 0)
+        return self.pages[what, size][0][:, : -(-self.bound // size)]
+
+    def _touch(self, what: str, size: int, page: Tensor) -> None:
+        """Pool one page of each row anew, page [rows]."""
+        slots = page[:, None] * size + torch.arange(size, device=self.device)
+        used = slots < self.pool.length[:, None]
+        x = self.gather("key" if what[0] == "k" else "value", slots * used)
+        self.pages[what, size][0][self.arange, page] = pool(x, what[1:], size, used)[:, 0]
+
+
+def _pages(n: int) -> int:
+    return -(-n // SIZE)
+
+
+def _pool(
+    key: Tensor, value: Tensor, format: str | None, pages: int, lengths: Sequence[int], coded: bool = False
+) -> Pages:
+    """A pool of zeros for vectors (`coded`: codes) like these, its pages dealt out in order."""
+    device = key.device
+    kinds = [(x.dtype, x.shape[-1]) if coded else code_like(x, format) for x in (key, value)]
+    made = [torch.zeros(pages, SIZE, width, dtype=kind, device=device) for kind, width in kinds]
+    scales = [
+        None if format is None else torch.zeros(pages, SIZE, WIDTHS[format], dtype=torch.float16, device=device)
+        for _ in made
+    ]
+    counts = [_pages(n) for n in lengths]
+    table, used = torch.zeros(len(lengths), max(counts, default=0), dtype=torch.int32), 0
+    for row, n in enumerate(counts):
+        table[row, :n] = torch.arange(used, used + n)
+        used += n
+    length = torch.tensor(list(lengths), dtype=torch.int32, device=device)
+    return Pages(*made, table.to(device), length, max(lengths, default=0), format, *scales)
+
+
+def _copy(
+    new: Pages, planes: dict[str, Tensor], start: Tensor, piece: Piece, moves: list[tuple[int, int, int]]
+) -> None:
+    """Copy the kept keys of one piece into their rows; `start` is where each new row begins in the flat pool."""
+    block, device = piece.block, start.device
+    target, source, length = torch.tensor(moves, device=device).T
+    n = torch.arange(min(int(length.max()), block.capacity), device=device)
+    here = n < length[:, None]
+    slots = n.expand(len(moves), -1)
+    if piece.order is not None:  # entries past a row's kept keys are filler
+        slots = (piece.order[source, : len(n)] * here).clamp(max=max(block.capacity - 1, 0))
+    for name, plane in planes.items():
+        old = block.planes[name][source[:, None], slots]
+        plane[target, : len(n)] = old.masked_fill(~here.view(*here.shape, *[1] * (old.ndim - 2)), block.fills[name])
+    page = block.pool.table[source].gather(1, slots // SIZE)
+    origin = (page.long() * SIZE + slots % SIZE)[here]
+    goal = (start[target][:, None] + n)[here]
+    for filled, old in zip(pools(new), pools(block.pool), strict=True):
+        filled.flatten(0, 1)[goal] = old.flatten(0, 1)[origin]
