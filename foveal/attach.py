@@ -22,7 +22,6 @@ from .edits import Plane
 from .errors import FovealError, InputError, UnsupportedModel, suggest
 from .graphs import Graphs
 from .method import STATISTICS, Method, iterate
-from .ops.route import has_triton
 from .parts import Part
 from .rope import Rope
 from .step import Pass
@@ -149,7 +148,7 @@ class Session:
             decoder.register_forward_pre_hook(self._enter, with_kwargs=True),
             decoder.register_forward_hook(self._leave, always_call=True),
         ]
-        self.graphs = Graphs(decoder.forward) if graphs and torch.cuda.is_available() and has_triton() else None
+        self.graphs = Graphs(decoder.forward) if graphs and Graphs.possible() else None
         if self.graphs is not None:
             decoder.forward = self.graphs.forward
         _ATTACHED[decoder] = self

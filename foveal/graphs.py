@@ -8,8 +8,10 @@ its own cache) runs as before, and `Graphs.why` says why.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -17,7 +19,7 @@ from torch import Tensor
 from transformers.utils import ModelOutput
 
 from .cache import ACTIVE, Store, StoreLayer
-from .rows import round_up
+from .ops.route import has_triton
 
 if TYPE_CHECKING:
     from .paged import PagedRows
@@ -25,7 +27,6 @@ if TYPE_CHECKING:
 
 SETTLED = 4  # steps of one shape before a capture pays
 AHEAD = 128  # keys a row may grow by before memory moves and a new capture is due
-HORIZON = 512  # budgets that are shares fix their shapes for so many tokens at a time
 _STATIC = ("input_ids", "position_ids")
 _DROPPED = ("attention_mask", "cache_position", "past_key_values")
 
@@ -41,10 +42,12 @@ class Captured:
     output: ModelOutput
     read: int
     held: int
+    horizon: int | None  # tokens a sequence may have seen, where a share of them fixed a shape
 
-    def fits(self, key: tuple, rows: list[PagedRows]) -> bool:
+    def fits(self, key: tuple, rows: list[PagedRows], seen: int) -> bool:
         return (
             self.key == key
+            and (self.horizon is None or seen <= self.horizon)
             and all(a is b for a, b in zip(self.rows, rows, strict=True))
             and self.generations == [c.generation for c in rows]
         )
@@ -62,6 +65,11 @@ class Graphs:
         self._last: tuple | None = None
         self._settled = 0
 
+    @staticmethod
+    def possible() -> bool:
+        """There is a GPU, and kernels for it."""
+        return torch.cuda.is_available() and has_triton()
+
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """The decoder's forward pass, captured where that is possible."""
         pass_ = ACTIVE.get()
@@ -71,7 +79,7 @@ class Graphs:
         for c in rows:
             c.reserve(1)
         key = self._key(pass_, kwargs)
-        if self.captured is not None and self.captured.fits(key, rows):
+        if self.captured is not None and self.captured.fits(key, rows, max(pass_.counts) + 1):
             return self._replay(pass_, kwargs)
         self.captured = None
         self._settled = self._settled + 1 if key == self._last else 0
@@ -83,8 +91,7 @@ class Graphs:
     def _key(self, pass_: Pass, kwargs: dict) -> tuple:
         others = tuple(sorted((k, v) for k, v in kwargs.items() if k not in (*_STATIC, *_DROPPED)))
         shape = None if kwargs.get("position_ids") is None else tuple(kwargs["position_ids"].shape)
-        horizon = round_up(max(pass_.counts) + 1, HORIZON)
-        return (tuple(kwargs["input_ids"].shape), shape, tuple(pass_.key.items()), others, horizon)
+        return (tuple(kwargs["input_ids"].shape), shape, tuple(pass_.key.items()), others)
 
     def _load(self, pass_: Pass, kwargs: dict) -> dict:
         """Put this step's numbers where the graph reads them."""
@@ -106,16 +113,16 @@ class Graphs:
     def _begin(self, pass_: Pass, kwargs: dict, key: tuple, rows: list[PagedRows]) -> Any:
         """Run this step with lengths hidden from the host, then record the next one like it."""
         for c in rows:
-            c.reserve(AHEAD)
+            c.reserve(max(AHEAD, c.capacity // 32))
         static = self._load(pass_, kwargs)
-        hidden = _Hidden(pass_, rows, self.counts, key[-1])
-        with hidden:
+        lengths_hidden = partial(hidden, pass_, rows, self.counts)
+        with lengths_hidden():
             output = self.plain(**static)  # a real step: compiles kernels, fills what is lazily made
         before = _host_state(pass_.store, rows)
         try:
             graph = torch.cuda.CUDAGraph()
             reads = (pass_.read, pass_.held)
-            with hidden, torch.cuda.graph(graph):
+            with lengths_hidden(), torch.cuda.graph(graph):
                 recorded = self.plain(**static)
         except Exception as error:
             first = error.__context__ or error  # ending a failed capture raises once more
@@ -124,7 +131,8 @@ class Graphs:
             torch.cuda.synchronize()
         else:
             read, held = pass_.read - reads[0], pass_.held - reads[1]
-            self.captured = Captured(key, rows, [c.generation for c in rows], graph, recorded, read, held)
+            horizon = pass_.horizon if pass_.bounded else None
+            self.captured = Captured(key, rows, [c.generation for c in rows], graph, recorded, read, held, horizon)
         _restore(pass_.store, rows, before)
         return output
 
@@ -143,20 +151,18 @@ class Graphs:
         return type(g.output)(**fields)
 
 
-class _Hidden:
-    """Lengths, counts and positions come from the device, as a graph needs them."""
-
-    def __init__(self, pass_: Pass, rows: list[PagedRows], counts: Tensor, horizon: int):
-        self.pass_, self.rows, self.counts, self.horizon = pass_, rows, counts, horizon
-
-    def __enter__(self) -> None:
-        self.pass_.on_device, self.pass_.horizon = self.counts, self.horizon
-        for c in self.rows:
-            c.fixed, c.host = True, None
-
-    def __exit__(self, *exc: object) -> None:
-        self.pass_.on_device = None
-        for c in self.rows:
+@contextmanager
+def hidden(pass_: Pass, rows: list[PagedRows], counts: Tensor) -> Iterator[None]:
+    """Inside, lengths and counts come from the device and shapes from capacities, as a graph needs them."""
+    pass_.on_device = counts
+    pass_.horizon = max(pass_.counts) + min(c.capacity - c._bound for c in rows)
+    for c in rows:
+        c.fixed, c.host = True, None
+    try:
+        yield
+    finally:
+        pass_.on_device = None
+        for c in rows:
             c.fixed = False
 
 

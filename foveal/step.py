@@ -58,7 +58,8 @@ class Pass:
         self.on_device: Tensor | None = (
             None  # counts [batch] where a graph reads them; then the host's are not to be used
         )
-        self.horizon = 0  # tokens no sequence has reached while this graph lasts
+        self.horizon = 0  # what no sequence grows beyond while this graph lasts
+        self.bounded = False  # whether a shape followed from it
         self.read = self.held = 0
 
     def count_keys(self, read: int, held: int) -> None:
@@ -179,6 +180,7 @@ class Step:
     def most(self, budget: Budget) -> int:
         """The largest number of keys a budget allows any sequence of the batch: what fixes shapes."""
         if self.pass_.on_device is not None:
+            self.pass_.bounded |= isinstance(budget, float)
             return tokens_of(budget, self.pass_.horizon)
         return max(self._budgets(budget, 0))
 

@@ -9,11 +9,13 @@ import torch
 from models import tiny
 
 import foveal
-from foveal import rows as rows_module
+from foveal import graphs
+from foveal import store as store_module
 from foveal.heads import HeadRoles
 from foveal.hub import model_identity
 
 PROMPT, STEPS = 60, 6
+PAGES = store_module.Layout(paged=True)
 NAMES = sorted(foveal.methods())
 COMPOSITIONS = ["quest(budget=16,page=4,skip=0)|h2o(budget=0.5)", "zero-tuning(gamma=3.0)|streaming-llm(budget=24)"]
 
@@ -48,9 +50,9 @@ def build(name, which, roles):
     return foveal.get_method(name, **params)
 
 
-def run(model, method, ids, chunks=(PROMPT,), mask=None):
+def run(model, method, ids, chunks=(PROMPT,), mask=None, layout=None):
     """Logits of teacher-forced decode steps after a prompt: [batch, STEPS, vocab]."""
-    with torch.no_grad(), foveal.attach(model, method) as session:
+    with torch.no_grad(), foveal.attach(model, method, layout=layout) as session:
         cache, at, out = None, 0, []
         for i, n in enumerate(chunks):
             piece = ids[:, at : at + n]
@@ -148,8 +150,38 @@ def test_padded_is_solo(name, model, texts, roles, noise):
 def test_layouts_agree(name, layout, model, texts, roles, noise, monkeypatch):
     method = build(name, "example", roles)
     expected, _ = run(model, method, texts)
-    monkeypatch.setattr(rows_module, "length_class", (lambda n: 0) if layout == "padded" else (lambda n: n))
+    monkeypatch.setattr(store_module, "length_class", (lambda n: 0) if layout == "padded" else (lambda n: n))
     assert close(run(model, method, texts)[0], expected, noise)
+
+
+@pytest.mark.parametrize("name", NAMES + COMPOSITIONS)
+def test_pages_agree(name, model, texts, roles, noise):
+    method = build(name, "example", roles)
+    assert close(run(model, method, texts, layout=PAGES)[0], run(model, method, texts)[0], noise)
+
+
+@pytest.mark.parametrize("name", NAMES + COMPOSITIONS)
+def test_a_step_whose_lengths_the_host_cannot_see_agrees(name, model, texts, roles, noise, monkeypatch):
+    """What a captured graph asks of a method: counts and lengths from the device, shapes from capacities."""
+    method = build(name, "example", roles)
+    expected = run(model, method, texts)[0]
+    steps = []
+
+    def blind(self, **kwargs):
+        pass_ = graphs.ACTIVE.get()
+        if not pass_.decode:
+            return self.plain(**kwargs)
+        rows = [rows.classes[0] for rows in pass_.store.rows]
+        for c in rows:
+            c.reserve(40)
+        steps.append(pass_)
+        with graphs.hidden(pass_, rows, torch.tensor(pass_.counts, dtype=torch.int32)):
+            return self.plain(**kwargs)
+
+    monkeypatch.setattr(graphs.Graphs, "possible", staticmethod(lambda: True))
+    monkeypatch.setattr(graphs.Graphs, "forward", blind)
+    assert close(run(model, method, texts, layout=PAGES)[0], expected, noise)
+    assert len(steps) == STEPS
 
 
 @pytest.mark.parametrize("name", NAMES + COMPOSITIONS)

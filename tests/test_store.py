@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from foveal.edits import Keep, Plane
 from foveal.errors import InputError
 from foveal.rows import FAR
-from foveal.store import LayerStore
+from foveal.store import LayerStore, Layout
 
 D = 4
 PLANES = {"score": Plane(0.5), "mass": Plane(1.0), "shift": Plane(0, torch.int32), "wide": Plane(-1.0, width=(2,))}
@@ -28,6 +28,9 @@ class Key:
         new = Key(self.token, self.key, self.value)
         new.planes = {n: x.clone() for n, x in self.planes.items()}
         return new
+
+
+LENGTHS, PAGES = Layout(paged=False), Layout(paged=True)
 
 
 class Naive:
@@ -111,7 +114,8 @@ def check(store: LayerStore, naive: Naive) -> None:
         for name in PLANES:
             assert (c.planes[name][:, c.bound :] == PLANES[name].fill).all()
         assert (c.planes["token"][:, c.bound :] == FAR).all()
-        assert c.planes["key"].isfinite().all() and c.planes["value"].isfinite().all()
+        for name in ("key", "value"):
+            assert (getattr(c.pool, name) if c.paged else c.planes[name]).isfinite().all()
         assert c.heads == {n % G for n in c.numbers()}
         assert c.capacity % 16 == 0
 
@@ -119,10 +123,11 @@ def check(store: LayerStore, naive: Naive) -> None:
 class Twins:
     """A store and its specification, taken through the same random moves."""
 
-    def __init__(self, seed: int):
+    def __init__(self, seed: int, layout: Layout = LENGTHS):
         # moves come from a plain generator: hypothesis prefers small choices, which would hardly ever disorder a row
         self.choose, self.noise = Random(seed), torch.Generator().manual_seed(seed)
-        self.store, self.naive, self.heads = LayerStore(PLANES), Naive(), self.choose.randint(1, 3)
+        self.layout = layout
+        self.store, self.naive, self.heads = LayerStore(PLANES, layout), Naive(), self.choose.randint(1, 3)
         self.append(1, 40, batch=self.choose.randint(1, 3))
 
     def run(self, moves: int) -> None:
@@ -225,8 +230,8 @@ class Twins:
         parts = [self.store.take([s]) for s in order] + ([self.store.take(order[:1])] if B < 3 else [])
         for part in parts[:1]:  # sequences that join have lives of their own
             part.apply(Keep(mask=part.valid))
-        self.store = LayerStore(PLANES)
-        self.store.become([LayerStore(PLANES), *parts])
+        self.store = LayerStore(PLANES, self.layout)
+        self.store.become([LayerStore(PLANES, self.layout), *parts])
         self.naive = self.naive.take([*order, *(order[:1] if B < 3 else [])])
 
     def crop(self) -> None:
@@ -278,16 +283,18 @@ MOVES = [
 ]
 
 
+@pytest.mark.parametrize("layout", [LENGTHS, PAGES])
 @settings(max_examples=50, deadline=None, derandomize=True)
 @given(st.integers(0, 2**32), st.integers(6, 14))
-def test_any_sequence_of_moves_equals_lists(seed, moves):
-    Twins(seed).run(moves)
+def test_any_sequence_of_moves_equals_lists(layout, seed, moves):
+    Twins(seed, layout).run(moves)
 
 
+@pytest.mark.parametrize("layout", [LENGTHS, PAGES])
 @pytest.mark.parametrize("seed", range(4))
-def test_a_long_decode_with_evictions_equals_lists(seed):
+def test_a_long_decode_with_evictions_equals_lists(seed, layout):
     """Rows replace keys for longer than any spare room lasts."""
-    twins = Twins(seed)
+    twins = Twins(seed, layout)
     for i in range(60):
         twins.append()
         twins.drop(optional=i % 20 == 19)

@@ -17,7 +17,7 @@ from foveal.errors import InputError
 from .dense import wide
 from .formats import code_like, decode
 from .ragged import Attended, Logit, attend_padded, logits
-from .route import Route, has_triton, no_kernel, routed
+from .route import Route, no_kernel, routed
 
 MOST_QUERIES = 16  # of one KV head; one tile of the kernel
 
@@ -308,7 +308,3 @@ def pools(pages: Pages) -> list[Tensor]:
 def as_bytes(x: Tensor) -> Tensor:
     return x.view(torch.uint8) if x.dtype == torch.float8_e4m3fn else x
 
-
-def kernels_here() -> bool:
-    """Whether captured decode has kernels to run."""
-    return has_triton() and torch.cuda.is_available()
