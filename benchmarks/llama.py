@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from foveal.edits import Keep
+
 LAYERS, HEADS, KV_HEADS, DIM = 32, 32, 8, 128
 
 
@@ -43,21 +45,20 @@ def weight_bytes(model: LlamaForCausalLM) -> int:
 
 
 def fill(session, batch: int, tokens: int, kept: torch.Tensor | None = None):
-    """A store as if `batch` sequences of `tokens` tokens had been read; kept [layers, kv_heads] says how many keys each head holds on to."""
+    """A store as if `batch` sequences of `tokens` tokens had been read; kept: how many keys each head holds, [layers, kv_heads]."""
     store = session.new_store()
     for i, rows in enumerate(store.rows):
-        for b in range(batch):  # one sequence at a time, so that the dense keys of only one are ever there
+        parts = []
+        for _ in range(batch):  # one sequence at a time, so that the dense keys of only one are ever there
             key, value = torch.randn(2, 1, KV_HEADS, tokens, DIM, device="cuda", dtype=torch.bfloat16)
             part = rows.fresh()
             if kept is not None:
                 most = int(kept[i].max())
                 part.append(key[:, :, :most], value[:, :, :most], tokens - most)
-                from foveal.edits import Keep
-
                 part.apply(Keep(mask=(part.token - (tokens - most)) < kept[i].cuda().view(1, -1, 1)))
             else:
                 part.append(key, value, 0)
-            parts = [part] if b == 0 else [*parts, part]
+            parts.append(part)
         rows.become(parts)
         store.layers[session.info.layers[i]].columns = tokens
         store.layers[session.info.layers[i]].is_initialized = True

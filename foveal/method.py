@@ -17,6 +17,7 @@ from .selection import All, Selection
 if TYPE_CHECKING:
     from .attach import ModelInfo
     from .step import Pass, Step
+    from .verify import Claim
 
 QUESTIONS = ("select", "weigh", "reweigh", "attend", "mix", "keep", "after", "begin", "end")
 STATISTICS = ("col_mass", "col_low", "entropy", "sink_mass", "lse", "row_argmax")
@@ -39,7 +40,7 @@ class Method:
 
     name: ClassVar[str] = ""
     paper: ClassVar[str] = ""
-    claim: ClassVar[str] = ""
+    claim: ClassVar[Claim | str] = ""
     planes: ClassVar[Mapping[str, Plane]] = {}
     """Per-key state it wants the store to carry. (A property, like `needs`, where it depends on the fields.)"""
     needs: ClassVar[frozenset[str]] = frozenset()
@@ -205,8 +206,18 @@ def check_count(name: str, value: int, low: int = 0) -> None:
 _REGISTRY: dict[str, type[Method]] = {}
 
 
-def method(name: str, *, paper: str, claim: str) -> Callable[[type[Method]], type[Method]]:
-    """Class decorator: defining a method registers it under the paper's usual short name."""
+def method(name: str, *, paper: str, claim: Claim | str = "") -> Callable[[type[Method]], type[Method]]:
+    """Class decorator: defining a method registers it under the paper's usual short name.
+
+    claim: what the paper claims, as a `foveal.verify.Claim` with the experiments that test it, or as a sentence where there are none.
+    Raises InputError without a claim, and where the name is taken.
+    """
+    from .verify import Claim
+
+    if not (isinstance(claim, Claim) or (isinstance(claim, str) and claim.strip())):
+        raise InputError(
+            f"method '{name}' has no claim (got {claim!r}): state it with claim=foveal.verify.Claim(...), so that it can be re-checked"
+        )
 
     def register(cls: type[Method]) -> type[Method]:
         if name in _REGISTRY:

@@ -11,7 +11,7 @@ from transformers import PreTrainedTokenizerFast
 from foveal.data import book
 from foveal.errors import InputError
 from foveal.tasks import DEPTHS, get_task, tasks
-from foveal.tasks.task import place
+from foveal.tasks.task import largest, place
 
 CHAT = (
     "{{ bos_token }}{% for message in messages %}<{{ message['role'] }}>{{ message['content'] }}<end>\n{% endfor %}"
@@ -44,13 +44,13 @@ def test_the_book_is_whole():
 
 
 def test_every_task_is_listed_and_made_by_name():
-    assert list(tasks()) == ["passkey", "needle", "perplexity"]
+    assert list(tasks())[:3] == ["passkey", "needle", "perplexity"] and len(tasks()) == 27
     assert get_task("needle", per_context=2, max_new_tokens=9) == tasks()["needle"](per_context=2, max_new_tokens=9)
-    assert [(get_task(name).kind, get_task(name).better) for name in tasks()] == [
-        ("generate", "higher"),
-        ("generate", "higher"),
-        ("nll", "lower"),
-    ]
+    for name, task in tasks().items():
+        assert task.name == name and task.__doc__
+        assert (task.kind, task.better) == (("nll", "lower") if "perplexity" in name else ("generate", "higher"))
+        if not task.needs_data:
+            assert get_task(name).name == name
 
 
 def test_unknown_names_and_options_suggest_the_nearest():
@@ -60,10 +60,22 @@ def test_unknown_names_and_options_suggest_the_nearest():
         get_task("qqq")
     with pytest.raises(InputError, match=r"no option 'per_contxt'; did you mean 'per_context'\?"):
         get_task("needle", per_contxt=2)
+    with pytest.raises(InputError, match="Task 'needle' has no option 'subset'"):
+        get_task("needle:hard")
     with pytest.raises(InputError, match="per_context from 1 to 5"):
         get_task("needle", per_context=6)
     with pytest.raises(InputError, match="max_new_tokens to be a positive whole number, got 0"):
         get_task("perplexity", max_new_tokens=0)
+
+
+@pytest.mark.parametrize("limit", range(10, 300, 7))
+def test_the_largest_that_fits_is_found_for_any_slope(limit):
+    for size in (lambda k: k, lambda k: 5 + 3 * k, lambda k: 9 + int(k**1.5), lambda k: 9 + int(20 * math.log(k + 1))):
+        best = max((k for k in range(1, 4_000) if size(k) <= limit), default=None)
+        if limit < 100 or size(3_999) > limit:
+            assert largest(size, 1, limit) == best
+        assert largest(size, 1, limit, 30) == (None if best is None else min(best, 30))
+        assert largest(size, 500, 10) is None
 
 
 @pytest.mark.parametrize("name", GENERATE)

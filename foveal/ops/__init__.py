@@ -1,23 +1,39 @@
 """Operations: meaning first, speed second. `reference` defines each of them; the others must agree with it."""
 
+from .block_lists import BlockLists
 from .blocks import attend_blocks
-from .dense import attend, merge
+from .dense import attend
+from .merge import merge, merge_many
 from .pages import Pages, attend_ragged
 from .prefill import attend_band, attend_masked
 from .ragged import attend_padded
 from .route import Route, which
+from .scores import antidiagonal_scores, page_bound, partial_scores, pool_blocks, pooled_scores, window_scores
 from .stats import attention_stats
+from .tokens import attend_tokens
+from .top import top_blocks, top_slots
 
 __all__ = [
+    "BlockLists",
     "Pages",
     "Route",
+    "antidiagonal_scores",
     "attend",
     "attend_band",
     "attend_blocks",
     "attend_masked",
     "attend_padded",
     "attend_ragged",
+    "attend_tokens",
     "attention_stats",
     "merge",
+    "merge_many",
+    "page_bound",
+    "partial_scores",
+    "pool_blocks",
+    "pooled_scores",
+    "top_blocks",
+    "top_slots",
     "which",
+    "window_scores",
 ]

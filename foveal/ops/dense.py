@@ -27,9 +27,12 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from foveal.errors import InputError
+from foveal.ops.merge import merge
+from foveal.ops.route import Route, hopper, no_kernel, routed
 
 # A hidden logit is finite, so that a row of hidden keys stays free of NaN and can be told by its log-sum-exp.
 HIDDEN = -1e30
+_LONG = 4096  # queries from which the block kernel beats PyTorch's choice on a Hopper
 _TILE_NUMBERS = 1 << 20  # logits of one tile on a CPU: a few MB, so that it stays in the cache between passes
 
 
@@ -71,21 +74,62 @@ def attend(
     Raises `InputError` for shapes that do not fit together.
     """
     check(q, k, v, sinks=sinks, bias=bias, mass=mass)
-    plain = softcap is None and sinks is None and bias is None and mass is None
-    whole = q.shape[2] in (1, k.shape[2])
-    if plain and not need_lse and (_wants_grad(q, k, v) or (whole and not q.is_cpu)):
+    how = {"scale": scale, "softcap": softcap, "bias": bias, "mass": mass}
+    route = _route(q, k, v, sinks=sinks, need_lse=need_lse, **how)
+    if route.name == "sdpa":
         return _fused_plain(q, k, v, scale), None
+    if route.name == "blocks":
+        from .blocks import attend_band_by_blocks
+
+        every = [k.shape[2]] * q.shape[1]
+        whole = {"sink": [0] * q.shape[1], "recent": every, "scale": scale}
+        return attend_band_by_blocks(q, k, v, sinks=sinks, need_lse=need_lse, **whole)
+    if route.name == "folded":
+        out, lse = _folded(q, k, v, scale, bias, mass)
+        return finish(out, lse, q, sinks=sinks, holes=mass is not None, need_lse=need_lse)
     p = prepare(q, k, v, scale=scale, softcap=softcap, bias=bias, mass=mass, differentiable=(q, k, v, sinks))
     out, lse = causal(p)
     return finish(out, lse, q, sinks=sinks, holes=mass is not None, need_lse=need_lse)
 
 
-def merge(out: Tensor, lse: Tensor, other: Tensor, other_lse: Tensor) -> tuple[Tensor, Tensor]:
-    """Join attention over two disjoint key sets: `[..., length, value_dim]` weighed by their lse `[..., length]`."""
-    joint = torch.logaddexp(lse, other_lse)
-    base = joint.masked_fill(joint.isneginf(), 0.0)  # nothing visible in either: a weight of exp(-inf), not NaN
-    weight = (other_lse - base).exp()[..., None]
-    return torch.lerp(out.to(lse.dtype), other.to(lse.dtype), weight), joint
+@routed("attend")
+def _route(q, k, v, *, scale, softcap=None, sinks=None, bias=None, mass=None, need_lse=False) -> Route:
+    plain = softcap is None and sinks is None and bias is None and mass is None
+    whole, grad = q.shape[2] in (1, k.shape[2]), _wants_grad(q, k, v)
+    if plain and not need_lse and grad:
+        return Route("sdpa", "a fused backward")
+    if q.is_cpu:
+        return Route("torch", "tiles around PyTorch's fused CPU kernel")
+    from .blocks import kernel_misfit
+
+    why = kernel_misfit(q, k, v, scale=scale, softcap=softcap, bias=bias, mass=mass)
+    if why is None and (need_lse or not whole or (hopper(q) and q.shape[2] >= _LONG)) and q.shape[2] > 1:
+        return Route("blocks", "every block, by the block-sparse kernel, which returns the log-sum-exp")
+    if plain and not need_lse and whole:
+        return Route("sdpa", "plain causal attention on an accelerator")
+    wide_enough = bias is None or q.shape[3] + 6 * bias[0].shape[3] + 3 <= 256
+    halves = q.dtype == k.dtype == v.dtype == torch.bfloat16 and no_kernel(q) is None
+    if (
+        halves
+        and whole
+        and softcap is None
+        and not grad
+        and wide_enough
+        and q.shape[2] > 1
+        and (bias or mass is not None)
+    ):
+        return Route("folded", "bias and mass as columns of queries and keys of a fused kernel")
+    return Route("torch", why or "a fused kernel where one fits, else exact tiles")
+
+
+def _folded(q: Tensor, k: Tensor, v: Tensor, scale: float, bias, mass) -> tuple[Tensor, Tensor]:
+    """Bias and mass in the columns of a kernel that returns the log-sum-exp."""
+    from .gpu.bias import fold_bias
+
+    p = fold_bias(q, k, v, bias, mass, scale=scale)
+    key, value = spread(p.k, q.shape[1]), spread(p.v, q.shape[1])
+    out, lse, *_ = torch.ops.aten._scaled_dot_product_flash_attention(p.q, key, value, 0.0, True, scale=scale)
+    return out[..., : p.value_dim], lse
 
 
 def check(q: Tensor, k: Tensor, v: Tensor | None, *, sinks=None, bias=None, mass=None) -> None:

@@ -307,4 +307,3 @@ def pools(pages: Pages) -> list[Tensor]:
 
 def as_bytes(x: Tensor) -> Tensor:
     return x.view(torch.uint8) if x.dtype == torch.float8_e4m3fn else x
-

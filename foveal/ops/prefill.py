@@ -8,6 +8,7 @@ from torch import Tensor
 
 from foveal.errors import InputError
 from foveal.ops.dense import HIDDEN, Prepared, causal, check, exact, finish, fused, merge, prepare, wide
+from foveal.ops.route import Route, routed
 
 FOREVER = 2**31 - 1  # a window no prompt outgrows: a dense head
 
@@ -58,7 +59,13 @@ def attend_band(
     """
     check(q, k, v, sinks=sinks, bias=bias, mass=mass)
     heads, total = q.shape[1], k.shape[2]
-    bands = list(zip(_per_head("sink", sink, heads), _per_head("recent", recent, heads), strict=True))
+    sink, recent = _per_head("sink", sink, heads), _per_head("recent", recent, heads)
+    how = {"scale": scale, "softcap": softcap, "bias": bias, "mass": mass}
+    if _route(q, k, v, sink=sink, recent=recent, **how).name == "blocks":
+        from .blocks import attend_band_by_blocks
+
+        return attend_band_by_blocks(q, k, v, sink=sink, recent=recent, scale=scale, sinks=sinks, need_lse=need_lse)
+    bands = list(zip(sink, recent, strict=True))
     p = prepare(q, k, v, scale=scale, softcap=softcap, bias=bias, mass=mass, differentiable=(q, k, v, sinks))
     # Where the band covers every key, which band it is does not matter.
     bands = [(0, FOREVER) if s + r >= total else (s, r) for s, r in bands]
@@ -68,6 +75,14 @@ def attend_band(
         out[:, chosen], lse[:, chosen] = causal(part) if r == FOREVER else _window(part, s, r)
     holes = mass is not None or (0, 0) in bands
     return finish(out, lse, q, sinks=sinks, holes=holes, need_lse=need_lse)
+
+
+@routed("attend_band")
+def _route(q, k, v, *, sink, recent, scale, softcap=None, sinks=None, bias=None, mass=None, need_lse=False) -> Route:
+    from .blocks import kernel_misfit
+
+    why = kernel_misfit(q, k, v, scale=scale, softcap=softcap, bias=bias, mass=mass)
+    return Route("blocks", "the block kernel cuts the window to the token") if why is None else Route("torch", why)
 
 
 def _per_head(name: str, value: int | Sequence[int], heads: int) -> list[int]:

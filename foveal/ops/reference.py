@@ -1,6 +1,7 @@
 """What the prefill operations mean: full logits, full mask, softmax, in float64. Tests compare to these."""
 
 import math
+from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -83,3 +84,27 @@ def attention_stats(
 
 def _per_head(t: Tensor, heads: int) -> Tensor:
     return t.double().repeat_interleave(heads // t.shape[1], 1)
+
+
+def where_it_lies(
+    q, k, lse, *, scale, softcap=None, bias=None, mass=None, rows=None, edges, block=64, top=8, threshold=0.01
+) -> dict[str, Tensor]:
+    """`offset_histogram`, `block_map`, `top_k`, `top_k_keys` of `foveal.ops.stats.attention_stats`, and `col_low` under
+    a threshold, from the full probability matrix, in float64."""
+    length, total = q.shape[2], k.shape[2]
+    start, stop = rows or (0, length)
+    x = logits(q, k, scale=scale, softcap=softcap, bias=bias, mass=mass)[:, :, start:stop]
+    p = probabilities(x, lse.double()[:, :, start:stop])
+    distance = torch.arange(total - length + start, total - length + stop)[:, None] - torch.arange(total)[None]
+    bounds = [*edges, math.inf]
+    bins = [(distance >= a) & (distance < b) for a, b in pairwise(bounds)]
+    cells = [[part.sum((-2, -1)) for part in line.split(block, -1)] for line in p.split(block, -2)]
+    largest, keys = torch.sort(p, dim=-1, descending=True, stable=True)
+    largest, keys = (torch.cat([t, t.new_zeros(*t.shape[:-1], top)], -1)[..., :top] for t in (largest, keys))
+    return {
+        "offset_histogram": torch.stack([(p * inside).sum((-2, -1)) for inside in bins], -1),
+        "block_map": torch.stack([torch.stack(line, -1) for line in cells], -2)[..., : -(-(stop - start) // block), :],
+        "top_k": largest,
+        "top_k_keys": keys.masked_fill(largest == 0, -1),
+        "col_low": ((p < threshold) & ~x.isneginf()).sum(-2).double(),
+    }

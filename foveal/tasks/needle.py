@@ -1,14 +1,12 @@
 """Needles in prose: magic numbers between the sentences of a novel (after the multi-key task of RULER, 2024)."""
 
-import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import cache
 from itertools import cycle, islice
 
-from foveal.data import book
 from foveal.tasks.retrieval import Fact, Retrieval
 from foveal.tasks.task import place
+from foveal.tasks.words import sentences
 
 _KEYS = (
     *("anchor", "basket", "candle", "dragon", "engine", "falcon", "garden", "hammer"),
@@ -48,12 +46,6 @@ class Needle(Retrieval):
 
     def filler(self, seed: int, group: int) -> Callable[[int], list[str]]:
         """Sentences from a place in the book that differs between documents and seeds."""
-        sentences = _sentences()
-        start = int(place(seed, group) * len(sentences))
-        return lambda pieces: list(islice(cycle(sentences[start:] + sentences[:start]), pieces))
-
-
-@cache
-def _sentences() -> list[str]:
-    """The book's sentences with the space that follows each; joined, they are the book."""
-    return re.findall(r".+?(?:[.!?][\"')]*\s+|$)", book(), flags=re.DOTALL)
+        text = sentences()
+        start = int(place(seed, group) * len(text))
+        return lambda pieces: list(islice(cycle(text[start:] + text[:start]), pieces))

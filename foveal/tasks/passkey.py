@@ -1,5 +1,6 @@
 """A pass key in a repeated filler: does a method keep what stands out? (Mohtashami and Jaggi, 2023)"""
 
+import random
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -23,6 +24,9 @@ class Passkey(Retrieval):
         "I will quiz you about it.\n"
     )
 
+    # What the number is called.
+    what = "pass key"
+
     per_context: int = 1
     max_new_tokens: int = 10
 
@@ -30,15 +34,16 @@ class Passkey(Retrieval):
         """One fact for each depth, with distinct people and keys."""
         rng = self._rng(seed, group)
         people = rng.sample(_PEOPLE, len(depths))
-        keys = rng.sample(range(10_000, 100_000), len(depths))
+        keys = self._keys(rng, len(depths))
         facts = []
         for person, key, depth in zip(people, keys, depths, strict=True):
-            what = "pass key" if len(depths) == 1 else f"pass key of {person}"
+            what = self.what if len(depths) == 1 else f"{self.what} of {person}"
             sentence = f"The {what} is {key}. Remember it. {key} is the {what}.\n"
-            facts.append(
-                Fact(sentence, f"What is the {what}? Answer with the number.", f"The {what} is", str(key), depth)
-            )
+            facts.append(Fact(sentence, f"What is the {what}? Answer with the number.", f"The {what} is", key, depth))
         return facts
+
+    def _keys(self, rng: random.Random, count: int) -> list[str]:
+        return [str(key) for key in rng.sample(range(10_000, 100_000), count)]
 
     def filler(self, seed: int, group: int) -> Callable[[int], list[str]]:
         """The same line over and over."""

@@ -41,12 +41,7 @@ class Perplexity(Task):
 
     def score(self, sample: Sample, answer: Sequence[float]) -> float:
         """Mean negative log-likelihood of the target tokens, in nats per token; perplexity is its exponential."""
-        if len(answer) != len(sample.target):
-            raise InputError(
-                f"Expected one value in nats for each of {len(sample.target)} target tokens, got {len(answer)}; "
-                "score the whole target."
-            )
-        return math.fsum(answer) / len(answer)
+        return math.fsum(counted := self.counted(sample, answer)) / len(counted)
 
 
 def _tokens(tokenizer, length: int, where: float) -> list[int]:

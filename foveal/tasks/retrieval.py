@@ -2,12 +2,11 @@
 
 import re
 from abc import abstractmethod
-from bisect import bisect_right
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from foveal.errors import InputError
-from foveal.tasks.task import DEPTHS, Sample, Task, prompts
+from foveal.tasks.task import DEPTHS, Sample, Task, Turn, conversations, largest, prompt_size
 
 
 @dataclass(frozen=True)
@@ -63,40 +62,43 @@ class Retrieval(Task):
         for i, (fact, question) in enumerate(zip(facts, questions, strict=True), first):
             ids = context + question
             split = len(ids) - 1 if query_aware else len(context)
-            samples.append(Sample(tuple(ids[:split]), tuple(ids[split:]), fact.answer, length, fact.depth, i, seed))
+            turn = len(self.talk(facts, i - first)) - 1
+            parts = tuple(ids[:split]), tuple(ids[split:])
+            samples.append(Sample(*parts, fact.answer, length, fact.depth, i, seed, turn))
         return samples
 
     def _fill(self, tokenizer, length: int, facts: list[Fact], filler: Callable[[int], list[str]]):
         """Context and questions of the longest document that fits into `length` tokens."""
 
-        def build(pieces: int, chosen: list[Fact]):
-            document = self._document(filler(pieces), facts)
-            return prompts(tokenizer, document, [(fact.question, fact.lead) for fact in chosen])
+        def document(pieces: int) -> str:
+            return self._document(filler(pieces), facts)
 
-        fewest = len(facts)
-        _, questions = build(fewest, facts)
-        longest = max(range(len(facts)), key=lambda i: len(questions[i]))
+        fewest, talks = len(facts), [self.talk(facts, i) for i in range(len(facts))]
+        longest = max(talks, key=lambda talk: prompt_size(tokenizer, document(fewest), talk))
 
         def size(pieces: int) -> int:
-            context, (question,) = build(pieces, [facts[longest]])
-            return len(context) + len(question) + self.max_new_tokens
+            return prompt_size(tokenizer, document(pieces), longest) + self.max_new_tokens
 
-        if (least := size(fewest)) > length:
+        pieces = largest(size, fewest, length)
+        if pieces is None:
             raise InputError(
-                f"Task '{self.name}' needs at least {least:,} tokens for {len(facts)} facts, a question and "
+                f"Task '{self.name}' needs at least {size(fewest):,} tokens for {len(facts)} facts, a question and "
                 f"{self.max_new_tokens} new tokens, but the length is {length:,}; ask for more tokens or fewer facts."
             )
-        beyond = 2 * fewest
-        while size(beyond) <= length:
-            beyond *= 2
-        pieces = range(beyond // 2, beyond)
-        return build(pieces[bisect_right(pieces, length, key=size) - 1], facts)
+        return conversations(tokenizer, document(pieces), talks)
+
+    def talk(self, facts: list[Fact], i: int) -> list[Turn]:
+        """The conversation in which fact `i` is asked for: its question alone."""
+        return [(facts[i].question, facts[i].lead, facts[i].answer)]
 
     def _document(self, pieces: list[str], facts: list[Fact]) -> str:
+        return self.opening + "".join(self._spread(pieces, facts))
+
+    def _spread(self, pieces: list[str], facts: list[Fact]) -> list[str]:
         text = list(pieces)
         for fact in sorted(facts, key=lambda fact: -fact.depth):  # from the back, so that earlier places stay
             text.insert(round(fact.depth * len(pieces)), fact.sentence)
-        return self.opening + "".join(text)
+        return text
 
     def score(self, sample: Sample, answer: str) -> float:
         """1.0 if the first number in the answer with as many digits as the target is the target, else 0.0."""

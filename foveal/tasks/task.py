@@ -2,9 +2,10 @@
 
 import random
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
+from itertools import cycle, pairwise
 
 from foveal.errors import InputError
 
@@ -17,18 +18,24 @@ class Sample:
     """One question. `context + question` is the whole prompt; neighbours in a list may share an equal context.
 
     context: token ids that are prefilled, then compressed. question: token ids fed after that (never empty).
-    target: the gold text (kind "generate") or the token ids to be scored by teacher forcing (kind "nll").
+    target: the gold text or texts (kind "generate") or the token ids to be scored by teacher forcing (kind "nll").
     length: the length asked for, in tokens. depth: where the answer stands, 0 the start to 1 the end of the document.
     index, seed: the sample is a function of these, the task, the length and the tokenizer alone.
+    turn: how many questions on the same context were asked and answered before this one, in the same conversation.
+    extra: what else the scorer must know (the classes to choose from, the metric of this turn).
+    counted: which target tokens count for the score of kind "nll"; None is all of them.
     """
 
     context: tuple[int, ...]
     question: tuple[int, ...]
-    target: str | tuple[int, ...]
+    target: str | tuple[str, ...] | tuple[int, ...]
     length: int
     depth: float | None
     index: int
     seed: int
+    turn: int = 0
+    extra: tuple[str, ...] = ()
+    counted: tuple[bool, ...] | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,6 +49,8 @@ class Task(ABC):
     name = ""
     kind = "generate"
     better = "higher"
+    # Whether a data set must be given as `data`.
+    needs_data = False
 
     max_new_tokens: int
 
@@ -69,6 +78,19 @@ class Task(ABC):
     def score(self, sample: Sample, answer: str | Sequence[float]) -> float:
         """The score of one answer: text for kind "generate", nats per target token for kind "nll"."""
 
+    def prepare(self, model, samples: list[Sample]) -> list[Sample]:
+        """What only the dense model can tell about the samples (which tokens count), filled in; most tasks ask nothing."""
+        return samples
+
+    def counted(self, sample: Sample, losses: Sequence[float]) -> list[float]:
+        """Of the nats per target token, those that count for the score of kind "nll"."""
+        if len(losses) != len(sample.target):
+            raise InputError(
+                f"Expected one value in nats for each of {len(sample.target)} target tokens, got {len(losses)}; "
+                "score the whole target."
+            )
+        return [x for x, yes in zip(losses, sample.counted or [True] * len(losses), strict=True) if yes]
+
     def _check(self, tokenizer, length: int, n: int, positions: int | None) -> None:
         limit = tokenizer.model_max_length if positions is None else positions
         _positive("length", length)
@@ -79,7 +101,7 @@ class Task(ABC):
                 f"ask for a length of at most {limit:,}."
             )
 
-    def _rng(self, seed: int, index: int) -> random.Random:
+    def _rng(self, seed: int, index: int | str) -> random.Random:
         return random.Random(f"{self.name}/{seed}/{index}")
 
 
@@ -93,16 +115,29 @@ def encode(tokenizer, text: str, special: bool = False) -> list[int]:
     return ids
 
 
-def prompts(tokenizer, document: str, questions: Sequence[tuple[str, str]]) -> tuple[list[int], list[list[int]]]:
+# A conversation over a document: each turn a question, the words that begin its answer, and the answer. The last
+# turn's answer is what the model is asked for and is not part of the prompt.
+Turn = tuple[str, str, str]
+
+
+def prompts(
+    tokenizer, document: str, questions: Sequence[tuple[str, str]], chat: bool = True
+) -> tuple[list[int], list[list[int]]]:
     """Token ids of `document + question` as a chat prompt for each question, split at one boundary for all of them.
 
     `questions` are pairs: the question, and the words that begin the answer. Returns the shared context and one rest
-    per question; context + rest is exactly the tokenisation of the whole prompt. Without a chat template the prompt is
-    plain text.
+    per question; context + rest is exactly the tokenisation of the whole prompt. Without a chat template, or with
+    `chat` off, the prompt is plain text.
     """
-    texts = [_render(tokenizer, document + question, lead) for question, lead in questions]
-    tokenise = partial(encode, tokenizer, special=not tokenizer.chat_template)
-    starts = [text.rfind(question) for text, (question, _) in zip(texts, questions, strict=True)]
+    return conversations(tokenizer, document, [[(question, lead, "")] for question, lead in questions], chat)
+
+
+def conversations(
+    tokenizer, document: str, talks: Sequence[Sequence[Turn]], chat: bool = True
+) -> tuple[list[int], list[list[int]]]:
+    """As `prompts`, for conversations of several turns: all begin with the document, which is the shared context."""
+    texts, tokenise = _rendered(tokenizer, document, talks, chat)
+    starts = [_boundary(text, document, talk[0][0]) for text, talk in zip(texts, talks, strict=True)]
     if -1 in starts:
         raise InputError(
             f"Expected a chat template that keeps the prompt as it is, but {type(tokenizer).__name__}'s changes it; "
@@ -114,13 +149,38 @@ def prompts(tokenizer, document: str, questions: Sequence[tuple[str, str]]) -> t
     return wholes[0][:split], [whole[split:] for whole in wholes]
 
 
-def _render(tokenizer, content: str, lead: str) -> str:
-    if not tokenizer.chat_template:
-        return f"{content}\n{lead}"
-    chat = [{"role": "user", "content": content}]
+def prompt_size(tokenizer, document: str, talk: Sequence[Turn], chat: bool = True) -> int:
+    """The tokens of one conversation's prompt, context and rest together."""
+    (text,), tokenise = _rendered(tokenizer, document, [talk], chat)
+    return len(tokenise(text))
+
+
+def _rendered(tokenizer, document: str, talks: Sequence[Sequence[Turn]], chat: bool):
+    chat = chat and bool(tokenizer.chat_template)
+    return [_render(tokenizer, document, talk, chat) for talk in talks], partial(encode, tokenizer, special=not chat)
+
+
+def _render(tokenizer, document: str, talk: Sequence[Turn], chat: bool) -> str:
+    messages = [document + talk[0][0]]
+    for (_, lead, answer), (question, _, _) in pairwise(talk):
+        messages += [f"{lead} {answer}".strip(), question]
+    lead = talk[-1][1]
+    if not chat:
+        said = [f"{asked}\n{reply}\n\n" for asked, reply in zip(messages[:-1:2], messages[1::2], strict=True)]
+        return "".join(said) + messages[-1] + (f"\n{lead}" if lead else "")
+    roles = cycle(("user", "assistant"))
+    turns = [{"role": role, "content": content} for role, content in zip(roles, messages, strict=False)]
     # Templates of reasoning models heed enable_thinking; all others ignore it.
-    prompt = tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=True, enable_thinking=False)
+    prompt = tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True, enable_thinking=False)
     return prompt + lead
+
+
+def _boundary(text: str, document: str, question: str) -> int:
+    """Where the first question begins in the rendered text (-1: the template changed it); some templates trim."""
+    whole = document + question
+    trimmed = whole.strip()
+    at = text.find(trimmed)
+    return at if at < 0 else at + len(document) - (len(whole) - len(whole.lstrip()))
 
 
 def _agree(rows: list[list[int]]) -> int:
@@ -128,6 +188,45 @@ def _agree(rows: list[list[int]]) -> int:
         if len(set(column)) > 1:
             return i
     return min(map(len, rows))
+
+
+def largest(size: Callable[[int], int], fewest: int, limit: int, most: int | None = None) -> int | None:
+    """The largest count from `fewest` to `most` whose size fits into `limit`; None if not even `fewest` does.
+
+    `size` grows with the count (a little unevenly is fine); every size is a tokenisation, so guesses are interpolated.
+    """
+    low, at_low = fewest, size(fewest)
+    if at_low > limit:
+        return None
+    high, at_high, step = None, 0, max(1, fewest // 2)
+    while high is None:
+        if most is not None and low >= most:
+            return most
+        probe = low + step if most is None else min(low + step, most)
+        if (got := size(probe)) <= limit:
+            # The slope so far tells how far to leap; a little beyond, so that the limit is passed soon.
+            leap = (limit - got) * (probe - low) / max(got - at_low, 1)
+            low, at_low, step = probe, got, int(1.1 * leap) + 1
+        else:
+            high, at_high = probe, got
+    turn = 0
+    while high - low > 1:
+        share = (limit - at_low) / (at_high - at_low) if turn % 3 < 2 else 0.5  # halve now and then, against bad slopes
+        middle = min(max(low + int(share * (high - low)), low + 1), high - 1)
+        turn += 1
+        if (got := size(middle)) <= limit:
+            low, at_low = middle, got
+        else:
+            high, at_high = middle, got
+    return low
+
+
+def too_short(task: Task, length: int, least: int, needed: str) -> InputError:
+    """The error of a length that cannot hold the smallest prompt."""
+    return InputError(
+        f"Task '{task.name}' needs at least {least:,} tokens for {needed} and {task.max_new_tokens} new tokens, but the "
+        f"length is {length:,}; ask for more tokens."
+    )
 
 
 def place(seed: int, index: int) -> float:

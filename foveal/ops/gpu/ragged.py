@@ -53,7 +53,33 @@ def _codes(X, at, WIDTH: tl.constexpr, PADDED: tl.constexpr):
         x = tl.load(pointers)
     else:
         x = tl.load(pointers, mask=(di < WIDTH)[None, :], other=0.0)
-    return x
+    return x.to(tl.float32) if X.dtype.element_ty == tl.int8 else x  # through float32: not every target has it directly
+
+
+@triton.jit
+def _nibbles(x, dtype: tl.constexpr):
+    """Both halves of bytes as numbers that are too large by a constant: the bits of 128 or 1024 with the nibble below them."""
+    if dtype == tl.float32:
+        low = (x & 15).to(tl.float32)
+        high = (x >> 4).to(tl.float32)
+    else:
+        magic: tl.constexpr = 0x6400 if dtype == tl.float16 else 0x4300
+        wide = x.to(tl.uint16)
+        low = ((wide & 15) | magic).to(dtype, bitcast=True)
+        high = ((wide >> 4) | magic).to(dtype, bitcast=True)
+    return low, high
+
+
+@triton.jit
+def _half(x, shift: tl.constexpr):
+    return ((x >> shift) & 0xFFFF).to(tl.int16).to(tl.float16, bitcast=True).to(tl.float32)
+
+
+@triton.jit
+def _four(SCALE, at):
+    """Scale and zero of both halves of a key, read as one number of 64 bits."""
+    x = tl.load(SCALE + at)
+    return _half(x, 0), _half(x, 16), _half(x, 32), _half(x, 48)
 
 
 @triton.jit
@@ -74,6 +100,7 @@ def _split(
         start = piece * chunk * BN
         end = tl.minimum(start + chunk * BN, length)
         HALVES: tl.constexpr = 2 if FORMAT == 2 else 1  # a byte of nibbles holds dimension i and i + D / 2
+        OFFSET: tl.constexpr = 0 if PRECISE else 1024 if Q.dtype.element_ty == tl.float16 else 128
         DIMS: tl.constexpr = D // HALVES
         WIDE: tl.constexpr = DV // HALVES
         gi = tl.arange(0, GP)
@@ -117,12 +144,10 @@ def _split(
                 s = tl.dot(q, tl.trans(k.to(q.dtype)))
                 s = s * tl.load(K_SCALE + at)[None, :].to(tl.float32)
             else:
-                s = tl.dot(q, tl.trans((k & 15).to(q.dtype))) * tl.load(K_SCALE + at * 4)[None, :].to(tl.float32)
-                s += q_sum[:, None] * tl.load(K_SCALE + at * 4 + 1)[None, :].to(tl.float32)
-                s += tl.dot(q_high, tl.trans((k >> 4).to(q.dtype))) * tl.load(K_SCALE + at * 4 + 2)[None, :].to(
-                    tl.float32
-                )
-                s += q_high_sum[:, None] * tl.load(K_SCALE + at * 4 + 3)[None, :].to(tl.float32)
+                low_k, high_k = _nibbles(k, q.dtype)
+                a, b, c, d = _four(K_SCALE, at)
+                s = tl.dot(q, tl.trans(low_k)) * a[None, :] + q_sum[:, None] * (b - OFFSET * a)[None, :]
+                s += tl.dot(q_high, tl.trans(high_k)) * c[None, :] + q_high_sum[:, None] * (d - OFFSET * c)[None, :]
             s = s * scale
             if HAS_CAP:
                 s = softcap * (2 * tl.sigmoid(2 * s / softcap) - 1) * 1.4426950408889634
@@ -150,12 +175,14 @@ def _split(
                     p *= tl.load(V_SCALE + at)[None, :].to(tl.float32)
                     acc = tl.dot(p.to(q.dtype), v.to(q.dtype), acc)
                 else:
-                    low_p = p * tl.load(V_SCALE + at * 4)[None, :].to(tl.float32)
-                    acc = tl.dot(low_p.to(q.dtype), (v & 15).to(q.dtype), acc)
-                    acc += tl.sum(p * tl.load(V_SCALE + at * 4 + 1)[None, :].to(tl.float32), 1)[:, None]
-                    high_p = p * tl.load(V_SCALE + at * 4 + 2)[None, :].to(tl.float32)
-                    high = tl.dot(high_p.to(q.dtype), (v >> 4).to(q.dtype), high * fade[:, None])
-                    high += tl.sum(p * tl.load(V_SCALE + at * 4 + 3)[None, :].to(tl.float32), 1)[:, None]
+                    low_v, high_v = _nibbles(v, q.dtype)
+                    a, b, c, d = _four(V_SCALE, at)
+                    low_p = (p * a[None, :]).to(q.dtype)
+                    acc = tl.dot(low_p, low_v, acc)
+                    acc += tl.sum(p * b[None, :] - OFFSET * low_p.to(tl.float32), 1)[:, None]
+                    high_p = (p * c[None, :]).to(q.dtype)
+                    high = tl.dot(high_p, high_v, high * fade[:, None])
+                    high += tl.sum(p * d[None, :] - OFFSET * high_p.to(tl.float32), 1)[:, None]
                 top = new
         if VALUES:
             seen = tl.maximum(total, 1e-30)
@@ -291,7 +318,9 @@ def launch(
     pdl = q.is_cuda and torch.cuda.get_device_capability(q.device)[0] >= 9
     how = {"launch_pdl": True} if pdl else {}
     RP = triton.next_power_of_2(rows)
-    settings = tile_settings(D, DV, q.element_size())
+    settings = tile_settings(D, DV, rows, q.element_size(), format)
+    if format == "int4":
+        scales = tuple(x.view(torch.int64) for x in scales)
     _split[(pieces + rows,)](
         q, key, value, table, lengths, _or(slots, table), _or(extra, part), _or(moved, q), *(scales or (part, part)),
         part, part_lse, logit, table.stride(0), 0 if slots is None else slots.stride(0),
@@ -325,16 +354,16 @@ def launch(
 def pieces_for(rows: int, device: torch.device) -> int:
     """Pieces of all rows together: enough to keep every multiprocessor's loads in flight, few enough to merge cheaply."""
     processors = torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 4
-    return max(3 * processors, min(2048, 4 * rows))
+    return max(3 * processors, min(2048, 8 * rows))
 
 
-def tile_settings(head_dim: int, value_dim: int, itemsize: int) -> dict[str, int]:
-    """Keys of a tile, pipeline stages and warps by head size."""
+def tile_settings(head_dim: int, value_dim: int, rows: int, itemsize: int, format: str | None) -> dict[str, int]:
+    """Keys of a tile, pipeline stages and warps, by what is stored and how many rows share the device."""
     if itemsize == 4:
         return {"BN": 32, "STAGES": 2, "num_warps": 4}
-    if max(head_dim, value_dim) > 128:
-        return {"BN": TILE, "STAGES": 2, "num_warps": 4}
-    return {"BN": TILE, "STAGES": 3, "num_warps": 4}
+    if max(head_dim, value_dim) > 128 or (rows <= 64 and format is None):
+        return {"BN": TILE, "STAGES": 2 if max(head_dim, value_dim) > 128 else 3, "num_warps": 4}
+    return {"BN": 2 * TILE, "STAGES": 2, "num_warps": 4}
 
 
 def _or(x: Tensor | None, placeholder: Tensor) -> Tensor:
@@ -349,11 +378,11 @@ def variants() -> list[Variant]:
     found = []
     for D in (64, 96, 128, 256):
         for flags in ({}, {"WRITE_LOGIT": True}, {"HAS_EXTRA": True, "HAS_SLOTS": True}):
-            found.append(_variant(D, "bf16", "bf16", **flags))
-    found += [_variant(D, "bf16", "i8" if f == "int8" else "u8" if f == "int4" else "fp8e4nv", FORMAT=FORMATS[f])
-              for D in (64, 128) for f in ("fp8", "int8", "int4")]  # fmt: skip
-    found.append(_variant(128, "fp16", "fp16", HAS_CAP=True, HAS_WINDOW=True))
-    found.append(_variant(128, "bf16", "bf16", HAS_MOVED=True))
+            found.append(_variant(D, "bf16", None, **flags))
+    found += [_variant(D, "bf16", format) for D in (64, 128) for format in ("fp8", "int8", "int4")]
+    found += [_variant(D, "bf16", None, rows=256) for D in (64, 96, 128)]
+    found.append(_variant(128, "fp16", None, HAS_CAP=True, HAS_WINDOW=True))
+    found.append(_variant(128, "bf16", None, HAS_MOVED=True))
     for sinks in (False, True):
         signature = dict.fromkeys(("PART", "PART_LSE", "SINKS", "LSE"), "*fp32") | {"LENGTH": "*i32", "OUT": "*bf16"}
         signature |= dict.fromkeys(("limit", "rows", "pieces"), "i32")
@@ -363,13 +392,16 @@ def variants() -> list[Variant]:
     return found
 
 
-def _variant(D: int, dtype: str, stored: str, **flags) -> Variant:
+def _variant(D: int, dtype: str, format: str | None, rows: int = 8, **flags) -> Variant:
+    stored = {None: dtype, "fp8": "fp8e4nv", "int8": "i8", "int4": "u8"}[format]
     pointers = {"Q": f"*{dtype}", "MOVED": f"*{dtype}", "K": f"*{stored}", "V": f"*{stored}"}
-    pointers |= dict.fromkeys(("TABLE", "LENGTH", "SLOTS"), "*i32") | dict.fromkeys(("K_SCALE", "V_SCALE"), "*fp16")
+    pointers |= dict.fromkeys(("TABLE", "LENGTH", "SLOTS"), "*i32") | dict.fromkeys(
+        ("K_SCALE", "V_SCALE"), "*i64" if format == "int4" else "*fp16"
+    )
     pointers |= dict.fromkeys(("EXTRA", "OUT", "LSE", "LOGIT"), "*fp32")
     numbers = dict.fromkeys(("table_stride", "slots_stride", "extra_row", "extra_head", "logit_stride"), "i32")
     numbers |= dict.fromkeys(("moved", "sink", "limit", "rows", "pieces"), "i32") | {"scale": "fp32", "softcap": "fp32"}
-    settings = tile_settings(D, D, 2)
+    settings = tile_settings(D, D, rows, 2, format)
     constants = {"G": 4, "D": D, "DP": triton.next_power_of_2(D), "DV": D, "DVP": triton.next_power_of_2(D), "PAGE": 32}
     constants |= {
         "RP": 8,
@@ -383,5 +415,5 @@ def _variant(D: int, dtype: str, stored: str, **flags) -> Variant:
         ("HAS_SLOTS", "HAS_EXTRA", "HAS_MOVED", "HAS_CAP", "HAS_WINDOW", "WRITE_LOGIT", "PRECISE"), False
     )
     constants |= {"VALUES": True, "PDL": True} | flags
-    name = f"decode {D} {dtype}/{stored} " + " ".join(k for k, v in flags.items() if v)
+    name = f"decode {D} {dtype}/{stored} rows={rows} " + " ".join(k for k, v in flags.items() if v)
     return Variant(name, _split, pointers | numbers, constants, {"num_warps": settings["num_warps"]})

@@ -134,6 +134,13 @@ def test_codes_are_read_as_what_they_stand_for(format, dim):
     close(*both(q, pages, Logit(dim**-0.5), want="weights"), weights=True)
 
 
+@pytest.mark.parametrize("format", ["fp8", "int8", "int4"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_codes_under_half_precision_queries(format, dtype):
+    q, pages = make([130, 1, 40], 4, 64, dtype=dtype, format=format)
+    close(*both(q, pages, Logit(0.125), want="weights"), dtype, weights=True)
+
+
 @given(
     st.lists(st.integers(0, 150), min_size=1, max_size=6).filter(any),
     st.integers(1, 9),
