@@ -8,12 +8,21 @@ from ...edits import Keep, Plane
 from ...errors import InputError
 from ...method import Budget, Method, check_budget, check_count, method, tokens_of
 from ...selection import Band, Selection
+from ...verify import Claim, Falls, StaysNear
 
 
 @method(
     "streaming-llm",
     paper="Efficient Streaming Language Models with Attention Sinks (2023) [113]",
-    claim="Perplexity stays flat at constant memory when 4 sink tokens are kept beside the window; a window alone fails.",
+    claim=Claim(
+        "Perplexity stays flat at constant memory when 4 sink tokens are kept beside the window; a window alone fails.",
+        number="Llama-2-13B, PG-19, 65,000 tokens: perplexity 5.40 with 4 + 1,020 keys, 5,158 with a window of 1,024",
+        experiments=(
+            StaysNear("streaming-llm(budget=256)", "perplexity", within=0.3),
+            Falls("streaming-llm(budget=256, sink=0)", "perplexity", by=1.0),
+        ),
+        setting="texts of 1,024 tokens, inside the positions the model was trained on",
+    ),
 )
 @dataclass(frozen=True)
 class StreamingLLM(Method):

@@ -11,10 +11,12 @@ from ...errors import InputError
 from ...method import Method, method
 from ...selection import All
 from ...store import FAR
+from ...verify import Claim, HeadsCarry, Same
 
 Heads = tuple[tuple[int, int], ...]
 
 TILE = 1 << 22  # weights held at once
+SOME = ((0, 1), (2, 0))  # heads that every model of three layers has
 
 
 def _by_layer(name: str, heads: Heads, model) -> dict[int, list[int]]:
@@ -39,7 +41,17 @@ def _check(name: str, heads: Heads) -> None:
 @method(
     "scale-heads",
     paper="Head scaling, the plainest intervention on a head",
-    claim="A gain of one changes nothing; the output of a scaled head is proportional to its gain.",
+    claim=Claim(
+        "A gain of one changes nothing; a gain of zero is the head taken out.",
+        experiments=(
+            Same(f"scale-heads(heads={SOME}, gain=1.0)", unlike=f"scale-heads(heads={SOME}, gain=0.5)"),
+            Same(
+                f"scale-heads(heads={SOME}, gain=0.0)",
+                unlike=f"scale-heads(heads={SOME}, gain=0.5)",
+                other=f"ablate(heads={SOME}, mode='zero')",
+            ),
+        ),
+    ),
 )
 @dataclass(frozen=True)
 class ScaleHeads(Method):
@@ -74,7 +86,11 @@ class ScaleHeads(Method):
 @method(
     "ablate",
     paper="Retrieval Head Mechanistically Explains Long-Context Factuality (2024) [51]",
-    claim="Masking the top retrieval heads breaks needle recall where masking as many random heads does not.",
+    claim=Claim(
+        "Masking the top retrieval heads breaks needle recall where masking as many random heads does not.",
+        number="Llama-2-7B-80K: without its top 30 retrieval heads recall collapses, without 30 random ones nothing changes",
+        experiments=(HeadsCarry("needle", by=0.4, count=20, able=0.8, length=512),),
+    ),
 )
 @dataclass(frozen=True)
 class Ablate(Method):

@@ -6,12 +6,21 @@ import torch
 
 from ...method import Budget, Method, check_budget, check_count, method
 from ...selection import All, Selection, Tokens
+from ...verify import Beats, Claim, StaysNear
 
 
 @method(
     "quest",
     paper="Quest: Query-Aware Sparsity for Efficient Long-Context LLM Inference (2024)",
-    claim="Reading a fixed number of pages chosen by per-page key bounds answers needles that a window of equal size loses.",
+    claim=Claim(
+        "Reading a fixed number of pages chosen by per-page key bounds answers needles that a window of equal size loses.",
+        number="LongChat-7B, 32k tokens: attention 7 times as fast, whole model 2.2 times, accuracy near dense",
+        experiments=(
+            StaysNear("quest(budget=0.25)", "needle", within=0.1),
+            Beats("quest(budget=0.25)", "streaming-llm(budget=0.31)", "needle", by=0.3, at="reads"),
+        ),
+        setting="accuracy alone; the window is given the keys that the first two layers, which stay dense, read on top",
+    ),
 )
 @dataclass(frozen=True)
 class Quest(Method):

@@ -8,12 +8,21 @@ import torch
 from ...edits import Bias
 from ...errors import InputError
 from ...method import Method, check_range, method
+from ...verify import Chosen, Claim, Same
 
 
 @method(
     "zero-tuning",
     paper="ZeroTuning: Unlocking the Initial Token's Power to Enhance Large Language Models Without Training (2025) [125]",
-    claim="Scaling the initial token's attention in well-chosen heads raises accuracy without training; 1 changes nothing.",
+    claim=Claim(
+        "Scaling the initial token's attention in well-chosen heads raises accuracy without training; 1 changes nothing.",
+        number="Llama-3.1-8B: classification 59.6 to 71.4 %, multiple choice 58.8 to 61.5 %",
+        experiments=(
+            Same("zero-tuning(gamma=1.0)", unlike="zero-tuning(gamma=2.0)"),
+            Chosen(tuple(f"zero-tuning(gamma={g})" for g in (0.3, 0.6, 1.5, 3.0)), "needle", by=0.02),
+        ),
+        setting="gamma alone is chosen, for all heads and layers, and the task is recall from a text",
+    ),
 )
 @dataclass(frozen=True)
 class ZeroTuning(Method):

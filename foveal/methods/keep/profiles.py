@@ -1,0 +1,70 @@
+"""Shared by methods that rest on measurements of one model beyond its head roles: where these are kept, and how they are made."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable, Iterator
+from importlib.resources import files
+from pathlib import Path
+
+import torch
+
+from ...attach import Session
+from ...errors import InputError
+from ...heads import HeadRoles
+from ...hub import cache_dir, load, model_identity
+
+
+def profile_for(model, kind: str, path: str | Path | None = None) -> HeadRoles:
+    """The `kind` profile of this model: that in `path`, else the one that ships with Foveal, else the user's own.
+
+    Raises InputError where `path` is of another model, or where nothing was measured yet.
+    """
+    if path is not None:
+        return HeadRoles.load(path).for_model(model)
+    identity = model_identity(model)
+    for file in files("foveal.data").joinpath(kind).iterdir():
+        if file.name.endswith(".json"):
+            shipped = HeadRoles.load(str(file))
+            if shipped.identity["weights"] == identity["weights"]:
+                return shipped.for_model(model)
+    own = profile_path(model, kind)
+    if own.is_file():
+        return HeadRoles.load(own).for_model(model)
+    name = identity["name"] or identity["architecture"]
+    raise InputError(
+        f"no {kind} profile is known for {name}: measure it once with `python -m foveal.methods.keep.{kind}_profile --model {name}`"
+    )
+
+
+def profile_path(model, kind: str) -> Path:
+    """Where the profiles a user has measured are kept."""
+    return cache_dir() / kind / f"{model_identity(model)['weights']}.json"
+
+
+def greedy(session: Session, tokenizer, prompt: list[int], most: int) -> Iterator[int]:
+    """Tokens of a greedy answer up to the end of its line; while one is handed out, probes hold the step that made it."""
+    model = session.model
+    ends = model.generation_config.eos_token_id
+    ends = {tokenizer.eos_token_id, *(ends if isinstance(ends, list) else [ends])}
+    session.decoder(input_ids=torch.tensor([prompt[:-1]], device=model.device))
+    store, token = session.store, prompt[-1]
+    for _ in range(most):
+        ids = torch.tensor([[token]], device=model.device)
+        token = int(model(input_ids=ids, past_key_values=store).logits[0, -1].argmax())
+        yield token
+        if token in ends or "\n" in tokenizer.decode([token]):
+            return
+
+
+def command(kind: str, about: str, measure: Callable[..., HeadRoles]) -> None:
+    """The command line of a profile: load the model, measure, write the file. measure(model, tokenizer, progress) makes it."""
+    parser = argparse.ArgumentParser(prog=f"python -m foveal.methods.keep.{kind}_profile", description=about)
+    parser.add_argument("--model", help="Hugging Face id or local folder; default: the default model")
+    parser.add_argument("--out", type=Path, help="file to write; default: the cache folder")
+    parser.add_argument("--device")
+    parser.add_argument("--dtype")
+    chosen = parser.parse_args()
+    model, tokenizer = load(chosen.model, device=chosen.device, dtype=chosen.dtype)
+    profile = measure(model, tokenizer, lambda line: print(line, flush=True))
+    print("wrote", profile.save(chosen.out or profile_path(model, kind)))

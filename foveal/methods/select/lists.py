@@ -1,0 +1,114 @@
+"""Lists of tokens: what methods that read a chosen few of the cached keys share."""
+
+import torch
+from torch import Tensor
+
+from ...ops import ragged
+from ...ops.top import largest, top_slots
+from ...selection import All, Selection, Tokens
+
+
+def whole(step) -> bool:
+    """Every row holds every token that was seen, so that slots are token ids."""
+    return step.pass_.same and step.store.uniform == step.pass_.counts[0] + step.L
+
+
+def by_id(step, x: Tensor) -> Tensor:
+    """Sum x [batch, kv_heads, T] over KV heads, which may hold different tokens: [batch, tokens seen by the longest sequence]."""
+    if whole(step):
+        return x.sum(1)
+    n = max(step.pass_.counts) + step.L
+    at = step.token.clamp(max=n).long().flatten(1)  # empty slots fall into column n
+    return x.new_zeros(x.shape[0], n + 1).scatter_add_(1, at, x.flatten(1))[:, :n]
+
+
+def top_ids(step, score: Tensor, k: int, allowed: int | Tensor, before: int | Tensor | None = None) -> Tensor:
+    """The k best token ids by score [batch, tokens], ascending [batch, k]; -1 at the end where a sequence has or is allowed fewer.
+
+    allowed: at most that many, a number or [batch, 1].  before: only ids below it, a number or [batch, 1]; default the step's past.
+    """
+    before = step.q_token[:, :1] if before is None else before
+    score = score.masked_fill(torch.arange(score.shape[1], device=score.device) >= before, float("-inf"))
+    if isinstance(allowed, int):
+        return top_slots(score, min(k, allowed)).long()
+    return top_slots(score, k, count=allowed[:, 0]).long()
+
+
+def slots_of_ids(step, ids: Tensor) -> Tensor:
+    """Slots of token ids [batch, m] in every row of this layer, [batch, kv_heads, m]; -1 where a row does not hold the token."""
+    return ids[:, None].expand(-1, step.G, -1) if whole(step) else step.store.find(ids[:, None])
+
+
+def slots_of_mask(mask: Tensor, k: int) -> Tensor:
+    """The slots where mask [batch, kv_heads, T] is true, in order, the first k of each row: [batch, kv_heads, k], else -1."""
+    score = torch.zeros_like(mask, dtype=torch.float32).masked_fill_(~mask, float("-inf"))
+    return top_slots(score.flatten(0, 1), k).long().unflatten(0, mask.shape[:2])
+
+
+def gather(step, name: str, slots: Tensor) -> Tensor:
+    """Keys or values at slots [batch, kv_heads, m]: [batch, kv_heads, m, head_dim]; anything where a slot is -1."""
+    flat, store = slots.clamp(min=0).flatten(0, 1), step.store
+    if store.single is not None:
+        return store.single.gather(name, flat).unflatten(0, slots.shape[:2])
+    got = [c.gather(name, c.pick(flat)) for c in store.classes]
+    out = got[0].new_empty(*flat.shape, got[0].shape[2])
+    for c, x in zip(store.classes, got, strict=True):
+        out[c.index] = x
+    return out.unflatten(0, slots.shape[:2])
+
+
+def logits_at(step, slots: Tensor, own: Selection | None = None) -> Tensor:
+    """Decode: exact logits of the keys at slots [batch, kv_heads, m], [batch, heads, m]; -inf for slot -1 and keys not visible.
+
+    own: a selection that shows all of `slots`, so that visibility need not be looked up where nothing else narrows.
+    """
+    if step.store.shift_bound or "mass" in step.store.specs or step.bias is not None:
+        z = step.scores()[:, :, 0]
+        return z.gather(2, step.per_head(slots.clamp(min=0))).masked_fill(step.per_head(slots < 0), float("-inf"))
+    rows, group = step.q.shape[0] * step.G, step.group_size
+    key = gather(step, "key", slots).flatten(0, 1)
+    z = ragged.logits(step.q.reshape(rows, group, -1), key, step.logit).view(step.q.shape[0], step.H, -1)
+    hidden = step.per_head(slots < 0)
+    if step.visible is not own and not isinstance(step.visible, All):
+        seen = step.seen_slots(step.visible)[:, :, 0]
+        hidden = hidden | ~step.per_head_like(seen, step.H).gather(2, step.per_head(slots.clamp(min=0)))
+    return z.masked_fill(hidden, float("-inf"))
+
+
+def top_mask(score: Tensor, allowed: int | Tensor) -> Tensor:
+    """The `allowed` best slots of each row by score [batch, kv_heads, T] as a mask, a number or [batch, 1]; -inf is never chosen."""
+    count = allowed if isinstance(allowed, int) else allowed.expand(score.shape[:2])
+    return largest(score, count) & (score > float("-inf"))
+
+
+# ---------------------------------------------------------------------- one vector a row
+
+WIDTH = 4
+"""Numbers of a row's vector that ride on each key: 16 bytes a key, and rows of head_dim * group / 4 keys hold all of it."""
+
+
+def remember(step, plane: str, x: Tensor, change: Tensor) -> None:
+    """Keep the vector x [batch, heads, head_dim] with its rows, for sequences where change [batch] says so.
+
+    plane: declared as Plane(0.0, width=(WIDTH,)). Number n of the vector of a KV head lies at slot n // WIDTH, so that it moves with
+    the row when sequences join, leave or fork. A row that lets go of keys loses some numbers until the next call: the cosine is too low
+    then, and a caller that acts on a low cosine is on the safe side.
+    """
+    new = x.reshape(x.shape[0], step.G, -1).float()
+    room = step.T * WIDTH
+    new = torch.nn.functional.pad(new, (0, max(0, room - new.shape[2])))[..., :room].unflatten(2, (step.T, WIDTH))
+    step.store.set(plane, torch.where(change[:, None, None, None], new, step.store.plane(plane)))
+
+
+def similarity(step, plane: str, x: Tensor) -> Tensor:
+    """Cosine of x [batch, heads, head_dim] and what `remember` kept, over all heads of the layer: [batch]; 0 where nothing was kept."""
+    x = x.reshape(x.shape[0], step.G, -1).float()
+    kept = step.store.plane(plane).flatten(2)[..., : x.shape[2]]
+    x_kept = x[..., : kept.shape[2]]
+    norms = x.flatten(1).norm(dim=1) * kept.flatten(1).norm(dim=1)
+    return (x_kept * kept).flatten(1).sum(1) / norms.clamp(min=1e-20)
+
+
+def tokens(step, ids: Tensor) -> Tokens:
+    """The selection of token ids [batch, m] in this layer."""
+    return Tokens(slots_of_ids(step, ids))
