@@ -101,6 +101,8 @@ def _row_logit(step: Step, c: Rows) -> Logit:
 
 def _attend_tokens(step: Step, selection: Tokens, q: Tensor) -> Tensor:
     """Gather the chosen keys of each KV head and the step's own, and attend over the short list."""
+    if step.store.classes[0].paged:
+        return _attend_listed(step, step.store.classes[0], selection, q)
     past = step.past
     slots = selection.expanded(past if isinstance(past, int) else past[..., None, None])
     newest = slots.new_full((*slots.shape[:2], 1), past) if isinstance(past, int) else past[..., None]
@@ -111,10 +113,6 @@ def _attend_tokens(step: Step, selection: Tokens, q: Tensor) -> Tensor:
     got = []
     for c in step.store.classes:
         extra = step.row_extra(c, bias)
-        if c.paged:
-            how = {"extra": extra, "slots": slots, "moved": step.moved_keys(c)}
-            got.append(ops.attend_ragged(q, c.view, _row_logit(step, c), **how).out)
-            continue
         at = c.pick(slots).clamp(min=0)
         if extra is not None:
             extra = extra.expand(-1, q.shape[1], -1).gather(2, at[:, None].expand(-1, q.shape[1], -1))
@@ -122,6 +120,16 @@ def _attend_tokens(step: Step, selection: Tokens, q: Tensor) -> Tensor:
         how = {"extra": extra, "hidden": c.pick(hidden)}
         got.append(ragged.attend_padded(c.pick(q), key, c.gather("value", at), _row_logit(step, c), **how).out)
     return _all_rows(step, got).view(step.q.shape[0], step.H, 1, -1)
+
+
+def _attend_listed(step: Step, c: Rows, selection: Tokens, q: Tensor) -> Tensor:
+    """The same over pages, where nothing is gathered."""
+    slots = selection.slots.flatten(0, 1)
+    step.pass_.count_keys(slots.shape[1] * selection.size + 1, step.T)
+    extra = step.row_extra(c, None if step.bias is None else step.bias.dense(step.H))
+    how = {"extra": extra, "moved": step.moved_keys(c), "slots": slots, "run": selection.size, "own": True}
+    out = ops.attend_ragged(q, c.view, _row_logit(step, c), **how).out
+    return out.view(step.q.shape[0], step.H, 1, -1)
 
 
 def _combine(step: Step, weights: Tensor) -> Tensor:

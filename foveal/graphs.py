@@ -113,7 +113,7 @@ class Graphs:
     def _begin(self, pass_: Pass, kwargs: dict, key: tuple, rows: list[PagedRows]) -> Any:
         """Run this step with lengths hidden from the host, then record the next one like it."""
         for c in rows:
-            c.reserve(max(AHEAD, c.capacity // 32))
+            c.reserve(max(AHEAD, c.capacity // 64))
         static = self._load(pass_, kwargs)
         lengths_hidden = partial(hidden, pass_, rows, self.counts)
         with lengths_hidden():

@@ -31,7 +31,7 @@ class Rows:
     exactly `bound` keys; otherwise it holds the true lengths. `heads` are the KV heads that have a row here.
     """
 
-    __slots__ = ("arange", "bound", "dtype", "fills", "heads", "index", "length", "pages", "planes", "room")
+    __slots__ = ("arange", "bound", "dtype", "fills", "heads", "index", "length", "loose", "pages", "planes", "room")
 
     def __init__(
         self,
@@ -47,6 +47,7 @@ class Rows:
         self.arange = torch.arange(planes["key"].shape[0], device=planes["key"].device)
         self.pages: dict[tuple[str, int], tuple[Tensor, int]] = {}  # pooled pages and how many of them are final
         self.room = GRAIN  # keys to grow by next time
+        self.loose = False  # whether rows may have lost keys since the bound was exact
 
     # ------------------------------------------------------------------ what there is
 
@@ -109,8 +110,8 @@ class Rows:
         """Make room for `extra` more keys a row: little at first, as rows may only replace keys; later a sixteenth."""
         if self.bound + extra <= self.capacity:
             return
-        if self.length is not None:  # the bound may have drifted above the true lengths: look once before growing
-            self.bound = int(self.length.max())
+        if self.loose:  # the bound may have drifted above the true lengths: look once before growing
+            self.bound, self.loose = int(self.length.max()), False
             if self.bound + extra <= self.capacity:
                 return
         grown = round_up(self.bound + extra, GRAIN)
@@ -165,7 +166,7 @@ class Rows:
             plane[self.arange, slot] = moved
             if name not in FIXED:
                 plane[self.arange, last] = moved.masked_fill(_like(gone, moved), self.fills[name])
-        self.length = length - gone.long()
+        self.length, self.loose = length - gone.long(), True
 
     def fold(self, into: Tensor, leaving: Tensor, slots: Tensor | None) -> None:
         """Fold keys into the slot `into` [rows] of their row, as a mean weighted by the plane `mass`; masses add.

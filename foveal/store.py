@@ -1,6 +1,6 @@
 """The ragged store: keys and values per sequence and per KV head, each row with its own length.
 
-Rows of one layer are grouped in length classes (half-octaves, see rows.py); a class is one padded block of memory.
+Rows of one layer are grouped in length classes (fifths of an octave, see rows.py); a class is one padded block of memory.
 Uniform methods have a single class, which is the plain [rows, capacity, head_dim] layout; a method that keeps 200 keys
 in one head and 8,000 in its neighbour allocates just that. What is per key and not a key or a value (token ids, scores,
 masses) is a *plane* of the same block, so bytes follow what is kept. Slots are logical, 0 .. length - 1 of a row, and
@@ -26,8 +26,8 @@ __all__ = ["FAR", "FIXED", "LayerStore", "Rows", "round_up"]
 
 
 def length_class(n: int) -> int:
-    """Rows of one class share a block: half-octaves of length, so padding stays below a third."""
-    return round(2 * math.log2(max(n, 1)))
+    """Rows of one class share a block: fifths of an octave of length, so that padding stays below an eighth."""
+    return round(5 * math.log2(max(n, 1)))
 
 
 class Layout(NamedTuple):

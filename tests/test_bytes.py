@@ -31,12 +31,15 @@ def roles(model, tmp_path_factory):
 @pytest.mark.parametrize("budget", [0.5, 0.25, 0.125])
 @pytest.mark.parametrize("name", KEEPERS)
 def test_resident_bytes_after_a_prompt(name, budget, model, roles):
-    own = {"roles": roles} if "roles" in foveal.methods()[name].__dataclass_fields__ else {}
+    cls = foveal.methods()[name]
+    own = cls.example | ({"roles": roles} if "roles" in cls.__dataclass_fields__ else {}) | {"budget": budget}
     ids = torch.randint(1, 120, (1, LENGTH), generator=torch.Generator().manual_seed(4))
-    with torch.no_grad(), foveal.attach(model, foveal.get_method(name, budget=budget, **own)) as session:
+    with torch.no_grad(), foveal.attach(model, foveal.get_method(name, **own)) as session:
         model(ids)
         store = session.store
     assert store.dense_nbytes == 2 * 8 * 2 * LENGTH * 64 * 4
-    assert store.nbytes <= (budget + 0.02) * store.dense_nbytes
+    # rows of unequal length may share a block a fifth of an octave wide, of which they leave half empty on average
+    padded = any(c.length is not None for rows in store.rows for c in rows.classes)
+    assert store.nbytes <= (budget * (1.07 if padded else 1) + 0.02) * store.dense_nbytes
     assert store.nbytes >= 0.9 * store.lengths.sum().item() * 2 * 64 * 4  # and nothing is left out of the count
     assert store.lengths.sum().item() >= 0.9 * budget * 8 * 2 * LENGTH  # the budget is used, not only respected

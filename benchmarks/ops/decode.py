@@ -70,7 +70,8 @@ def _check(name, lengths, group, dim, dtype, format=None) -> dict:
 
 def _compare(name: str, q, pages: Pages, logit: Logit, **how) -> dict:
     plain = {"extra": None, "slots": None, "moved": None, "window": None} | how
-    expected = _torch(q.float(), pages, logit, *plain.values(), "weights")
+    listed = (plain["slots"], 1, False)
+    expected = _torch(q.float(), pages, logit, plain["extra"], listed, plain["moved"], plain["window"], "weights")
     got = attend_ragged(q, pages, logit, want="weights", **how)
     mass = attend_ragged(q, pages, logit, want="mass", **how)
     errors = [relative_error(got.out, expected.out), relative_error(got.weights, expected.weights)]
@@ -82,7 +83,7 @@ def _compare(name: str, q, pages: Pages, logit: Logit, **how) -> dict:
     if not how:
         logits = page_logits(q, pages, logit)
         shown = torch.arange(pages.bound, device=q.device) < pages.length[:, None, None]
-        want = _torch(q.float(), pages, logit, None, None, None, None, "weights")
+        want = _torch(q.float(), pages, logit, None, (None, 1, False), None, None, "weights")
         ours = (
             (logits - logits.masked_fill(~shown, -torch.inf).logsumexp(-1, keepdim=True)).exp().masked_fill(~shown, 0)
         )

@@ -178,7 +178,7 @@ def _flex(q, k, v, chosen):
     full = chosen & ~diagonal
     ordered = lambda m: (
         m.sum(-1, dtype=torch.int32),
-        m.to(torch.int8).argsort(-1, descending=True, stable=True).to(torch.int32),
+        m.to(torch.int8).argsort(dim=-1, descending=True, stable=True).to(torch.int32),
     )
     mask = BlockMask.from_kv_blocks(
         *ordered(diagonal), *ordered(full), BLOCK_SIZE=BLOCK, mask_mod=lambda b, h, i, j: i >= j, compute_q_blocks=False

@@ -60,20 +60,21 @@ def _quest() -> Iterator[dict]:
             slots = _slots(bound, size)
             parts["score"].append(lambda q=q, lo=lo, hi=hi: ops.page_bound(q, lo, hi, keep_first=1, keep_last=1))
             parts["choose"].append(lambda bound=bound, size=size: ops.top_slots(bound, KEPT // size))
-            parts["attend"].append(lambda q=q, p=p, slots=slots: attend_ragged(q, p, LOGIT, slots=slots))
+            parts["attend"].append(
+                lambda q=q, p=p, slots=slots, size=size: attend_ragged(q, p, LOGIT, slots=slots, run=size)
+            )
         us = graph_us(steps)
         each = {f"{name}_us": graph_us(calls) for name, calls in parts.items()}
         yield {"case": f"Quest step, pages of {size}, 4k of 128k", "us": us, "of_dense": us / dense} | each
 
 
 def _slots(bound: torch.Tensor, size: int) -> torch.Tensor:
-    pages = ops.top_slots(bound, KEPT // size)
-    return (pages[..., None] * size + torch.arange(size, device=bound.device, dtype=torch.int32)).flatten(1)
+    return ops.top_slots(bound, KEPT // size) * size
 
 
 def _step(q, pages, lo, hi, size: int):
     bound = ops.page_bound(q, lo, hi, keep_first=1, keep_last=1)[:, 0]
-    return attend_ragged(q, pages, LOGIT, slots=_slots(bound, size))
+    return attend_ragged(q, pages, LOGIT, slots=_slots(bound, size), run=size)
 
 
 def _prefill(length: int) -> Iterator[dict]:

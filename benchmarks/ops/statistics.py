@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from functools import partial
 
 import torch
 from torch.nn.attention import SDPBackend
@@ -44,12 +45,12 @@ def run(lengths=(32768, 131072)) -> Iterator[dict]:
     for length in lengths:
         q, k, v = inputs(length)
         _, lse = ops.attend(q, k, v, scale=SCALE, need_lse=True)
-        calls = {"flash": lambda: _sdpa(q, k, v, SDPBackend.FLASH_ATTENTION)}
-        calls["cudnn"] = lambda: _sdpa(q, k, v, SDPBackend.CUDNN_ATTENTION)
+        backends = {"flash": SDPBackend.FLASH_ATTENTION, "cudnn": SDPBackend.CUDNN_ATTENTION}
+        calls = {name: partial(_sdpa, q, k, v, backend) for name, backend in backends.items()}
         some = PASSES if length <= 65536 else {n: PASSES[n] for n in ("column mass", "row entropy", "block map")}
         for name, want in some.items():
             how = {"block": 128} if name == "block map" and length > 65536 else {}
-            calls[name] = lambda want=want, how=how: ops.attention_stats(q, k, lse, want=want, scale=SCALE, **how)
+            calls[name] = partial(ops.attention_stats, q, k, lse, want=want, scale=SCALE, **how)
         times = interleaved_ms(calls, rounds=3)
         for name, ms in times.items():
             yield {

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
+from functools import lru_cache
 
 import torch
 import torch.nn.functional as F
@@ -79,14 +80,25 @@ def attend_band_by_blocks(
     For problems that `kernel_misfit` lets through. sink, recent: tokens for each query head.
     """
     heads, total = q.shape[1], k.shape[2]
-    lists = BlockLists.band(q.shape[2], total, sink, recent, 128, heads, batch=q.shape[0], device=q.device)
-    bounds = torch.tensor([list(sink), list(recent)], device=q.device).clamp(max=total).to(torch.int32)
     on_hopper = _gluon_misfit(q, 128, 128) is None
+    every = all(s + r >= total for s, r in zip(sink, recent, strict=True))
+    cut = (tuple([0] * heads), tuple([total] * heads)) if every else (tuple(sink), tuple(recent))
+    lists, bounds = (_whole if every else _band)(q.shape[2], total, *cut, heads, q.shape[0], q.device)
+    bounds = () if every else bounds
     out, lse, entropy = _by_kernel(q, k, v, lists, scale, None, need_entropy, on_hopper, *bounds)
     if need_entropy:
         entropy = _with_sinks(entropy, lse.detach(), sinks)
     out, lse = finish(out, lse, q, sinks=sinks, holes=False, need_lse=need_lse)
     return (out, lse, entropy) if need_entropy else (out, lse)
+
+
+def _band_lists(length, total, sink, recent, heads, batch, device) -> tuple[BlockLists, Tensor]:
+    """The lists of a band and its bounds [2, heads]; kept, because every layer of a prompt asks for the same."""
+    lists = BlockLists.band(length, total, sink, recent, 128, heads, batch=batch, device=device)
+    return lists, torch.tensor([sink, recent], device=device).clamp(max=total).to(torch.int32)
+
+
+_band, _whole = lru_cache(maxsize=4)(_band_lists), lru_cache(maxsize=1)(_band_lists)
 
 
 # ---------------------------------------------------------------------- routes and checks

@@ -128,7 +128,12 @@ def _folded(q: Tensor, k: Tensor, v: Tensor, scale: float, bias, mass) -> tuple[
 
     p = fold_bias(q, k, v, bias, mass, scale=scale)
     key, value = spread(p.k, q.shape[1]), spread(p.v, q.shape[1])
-    out, lse, *_ = torch.ops.aten._scaled_dot_product_flash_attention(p.q, key, value, 0.0, True, scale=scale)
+    fused = (p.q, key, value)
+    if hopper(q):  # cuDNN has a kernel for every width; the other jumps from one template to the next
+        out, lse, *_ = torch.ops.aten._scaled_dot_product_cudnn_attention(*fused, None, True, 0.0, True, scale=scale)
+        lse = lse.squeeze(-1)
+    else:
+        out, lse, *_ = torch.ops.aten._scaled_dot_product_flash_attention(*fused, 0.0, True, scale=scale)
     return out[..., : p.value_dim], lse
 
 

@@ -80,20 +80,26 @@ def attend_ragged(
     extra: Tensor | None = None,
     hidden: Tensor | None = None,
     slots: Tensor | None = None,
+    run: int = 1,
+    own: bool = False,
     moved: Tensor | None = None,
     window: tuple[int, int] | None = None,
     want: str = "",
 ) -> Attended:
     """Decode attention of packed rows over their pages.
 
-    q: [rows, group, head_dim].  extra: added to the logits after scaling and soft-cap, [rows, 1 or group, bound], 0 for none.  hidden:
-    bool, broadcast to [rows, group, bound], True where a key is not seen.  slots: int [rows, m], attend to these keys alone, -1 for
-    none.  moved: [rows, m, head_dim], keys that stand in the place of the first m slots.  window = (first, last): only the first and
-    the last so many slots of a row are seen.  logit.sinks: [rows, group].
+    q: [rows, group, head_dim].
+    extra: added to the logits after scaling and soft-cap, [rows, 1 or group, bound], 0 for none.
+    hidden: bool, broadcast to [rows, group, bound], True where a key is not seen.
+    slots: int [rows, m], attend to these keys alone, -1 for none; with `run` > 1 each is the first of so many consecutive
+    slots.  own: the newest key of each row is seen too, as the last of the list, and runs end before it.
+    moved: [rows, n, head_dim], keys that stand in the place of the first n slots.
+    window = (first, last): only the first and the last so many slots of a row are seen.
+    logit.sinks: [rows, group].
+    want: "" for the output, "weights" for [rows, group, width], "mass" for their sum over the group, [rows, width]; width
+    is m * run (+ 1 for `own`) with `slots`, else `bound`.
 
-    want: "" for the output, "weights" for [rows, group, width], "mass" for their sum over the group, [rows, width]; width is m with
-    `slots`, else `bound`. The log-sum-exp [rows, group] (natural) always comes along. Rows that see nothing return 0 and -inf.
-
+    The log-sum-exp [rows, group] (natural) always comes along. Rows that see nothing return 0 and -inf.
     Raises InputError for shapes and combinations that do not fit.
     """
     _check(q, pages, logit, extra, hidden, slots, moved, window, want)
@@ -102,11 +108,11 @@ def attend_ragged(
         base = torch.zeros((), device=q.device) if extra is None else extra.float()
         extra = base.expand(torch.broadcast_shapes(shape, base.shape)).masked_fill(hidden, -math.inf)
     if _route(q, pages, logit).name == "torch":
-        return _torch(q, pages, logit, extra, slots, moved, window, want)
+        return _torch(q, pages, logit, extra, (slots, run, own), moved, window, want)
     out, lse, weights = _KERNEL(
         q.contiguous(), pages.key, pages.value, pages.table, pages.length, pages.bound, logit.scale, logit.softcap,
         None if logit.sinks is None else logit.sinks.contiguous(), None if extra is None else extra.float().contiguous(),
-        None if slots is None else slots.to(torch.int32).contiguous(), None if moved is None else moved.contiguous(),
+        None if slots is None else slots.to(torch.int32).contiguous(), run, own, None if moved is None else moved.contiguous(),
         None if window is None else list(window), pages.key_scale, pages.value_scale, pages.format, want,
     )  # fmt: skip
     return Attended(out, weights if want else None, lse)
@@ -147,9 +153,9 @@ def _check(q, pages, logit, extra, hidden, slots, moved, window, want) -> None:
         raise InputError(f"expected sinks {list(q.shape[:2])}, got {list(logit.sinks.shape)}")
 
 
-def _torch(q, pages: Pages, logit: Logit, extra, slots, moved, window, want: str) -> Attended:
+def _torch(q, pages: Pages, logit: Logit, extra, listed, moved, window, want: str) -> Attended:
     """Gather and attend: what the kernel means, and the path where there is none."""
-    picked, seen = _slots(pages, slots, window)
+    picked, seen = _slots(pages, *listed, window)
     out_of = {name: pages.gather(name, picked, wide(q.dtype)) for name in ("key", "value")}
     if moved is not None:
         m = moved.shape[1]
@@ -165,11 +171,18 @@ def _torch(q, pages: Pages, logit: Logit, extra, slots, moved, window, want: str
     return Attended(got.out.to(q.dtype), weights, got.lse)
 
 
-def _slots(pages: Pages, slots: Tensor | None, window: tuple[int, int] | None) -> tuple[Tensor, Tensor]:
+def _slots(
+    pages: Pages, slots: Tensor | None, run: int, own: bool, window: tuple[int, int] | None
+) -> tuple[Tensor, Tensor]:
     """The slots that are read, int64 [rows, m], and which of them hold a key."""
     length = pages.length[:, None]
     if slots is not None:
-        return slots.clamp(min=0).long(), slots >= 0
+        first = slots.long()[..., None]
+        each = (first + torch.arange(run, device=slots.device)).flatten(1)
+        seen = (first >= 0).expand(-1, -1, run).flatten(1) & (each < length - int(own))
+        if own:
+            each, seen = torch.cat([each, length - 1], 1), torch.cat([seen, length > 0], 1)
+        return each * seen, seen
     n = torch.arange(pages.bound, device=pages.table.device).expand(pages.rows, -1)
     if window is None:
         return n * (n < length), n < length
@@ -183,7 +196,7 @@ def _slots(pages: Pages, slots: Tensor | None, window: tuple[int, int] | None) -
 def page_logits(q: Tensor, pages: Pages, logit: Logit, *, moved: Tensor | None = None) -> Tensor:
     """Scaled and soft-capped logits of packed queries, float32 [rows, group, bound]; what stands past a row's length means nothing."""
     if _route(q, pages, logit).name == "torch":
-        picked, _ = _slots(pages, None, None)
+        picked, _ = _slots(pages, None, 1, False, None)
         key = pages.gather("key", picked, wide(q.dtype))
         if moved is not None:
             key = torch.cat([moved.to(key.dtype), key[:, moved.shape[1] :]], 1)[:, : pages.bound]
@@ -191,7 +204,7 @@ def page_logits(q: Tensor, pages: Pages, logit: Logit, *, moved: Tensor | None =
     empty = [None] * 2
     _, _, x = _KERNEL(
         q.contiguous(), pages.key, pages.value, pages.table, pages.length, pages.bound, logit.scale, logit.softcap,
-        *empty, None, None if moved is None else moved.contiguous(), None, pages.key_scale, pages.value_scale, pages.format,
+        *empty, None, 1, False, None if moved is None else moved.contiguous(), None, pages.key_scale, pages.value_scale, pages.format,
         "logits",
     )  # fmt: skip
     return x
@@ -199,15 +212,15 @@ def page_logits(q: Tensor, pages: Pages, logit: Logit, *, moved: Tensor | None =
 
 def _kernel(
     q: Tensor, key: Tensor, value: Tensor, table: Tensor, length: Tensor, bound: int, scale: float,
-    softcap: float | None, sinks: Tensor | None, extra: Tensor | None, slots: Tensor | None, moved: Tensor | None,
-    window: list[int] | None, key_scale: Tensor | None, value_scale: Tensor | None, format: str | None, want: str,
+    softcap: float | None, sinks: Tensor | None, extra: Tensor | None, slots: Tensor | None, run: int, own: bool,
+    moved: Tensor | None, window: list[int] | None, key_scale: Tensor | None, value_scale: Tensor | None, format: str | None, want: str,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     from .gpu.ragged import LN2, Wanted, launch
 
     wanted = Wanted(want == "weights", want == "mass", want == "logits")
     out, lse, x = launch(
-        q, key, value, table, length, bound, scale, softcap=softcap, sinks=sinks, extra=extra, slots=slots, moved=moved,
-        window=None if window is None else tuple(window), format=format,
+        q, key, value, table, length, bound, scale, softcap=softcap, sinks=sinks, extra=extra, slots=slots, run=run, own=own,
+        moved=moved, window=None if window is None else tuple(window), format=format,
         scales=None if key_scale is None else (key_scale, value_scale), want=wanted,
     )  # fmt: skip
     if want == "logits":
@@ -217,16 +230,16 @@ def _kernel(
 
 _KERNEL = torch.library.custom_op("foveal::attend_ragged", _kernel, mutates_args=(), schema=(
     "(Tensor q, Tensor key, Tensor value, Tensor table, Tensor length, SymInt bound, float scale, float? softcap, "
-    "Tensor? sinks, Tensor? extra, Tensor? slots, Tensor? moved, SymInt[]? window, Tensor? key_scale, "
+    "Tensor? sinks, Tensor? extra, Tensor? slots, SymInt run, bool own, Tensor? moved, SymInt[]? window, Tensor? key_scale, "
     "Tensor? value_scale, str? format, str want) -> (Tensor, Tensor, Tensor)"
 ))  # fmt: skip
 
 
 @_KERNEL.register_fake
-def _(q, key, value, table, length, bound, scale, softcap, sinks, extra, slots, moved, window, key_scale, value_scale,
-      format, want):  # fmt: skip
+def _(q, key, value, table, length, bound, scale, softcap, sinks, extra, slots, run, own, moved, window, key_scale,
+      value_scale, format, want):  # fmt: skip
     rows, group, _ = q.shape
-    width = slots.shape[1] if slots is not None else bound if window is None else min(bound, sum(window))
+    width = slots.shape[1] * run + own if slots is not None else bound if window is None else min(bound, sum(window))
     shape = {"": (0,), "weights": (rows, group, width), "mass": (rows, width), "logits": (rows, group, width)}[want]
     value_dim = value.shape[2] * (2 if format == "int4" else 1)
     return q.new_empty(rows, group, value_dim), *(q.new_empty(s, dtype=torch.float32) for s in ((rows, group), shape))

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from foveal.errors import InputError
-from foveal.ops.dense import HIDDEN, Prepared, check, exact, finish, prepare, spread, wide
+from foveal.ops.dense import HIDDEN, Prepared, _cpu_kernel, _pad, check, exact, finish, prepare, spread, wide
 from foveal.ops.route import Route, no_kernel, routed
 
 _GATHERED_NUMBERS = 1 << 21  # keys copied, or logits made, at a time: 8 MB in float32
@@ -145,7 +145,7 @@ def _run(p: Prepared, slots: Tensor, rows: Tensor | None, counts: Tensor | None,
             heads_of = (list_of[some, None] * group + torch.arange(group, device=here.device))[:, :, None]
             keep = real[:, None].expand(-1, group, -1)
             places.append((heads_of * length + here[:, None])[keep])
-            outs.append(out[keep])
+            outs.append(out[keep].to(wide(out.dtype)))
             lses.append(lse[keep])
     out = p.q.new_zeros(batch * heads * length, p.v.shape[-1], dtype=wide(p.q.dtype))
     lse = out.new_full((batch * heads * length,), HIDDEN)
@@ -159,13 +159,19 @@ def _tile(
     p: Prepared, slots: Tensor, key_base: Tensor, rows: Tensor, list_of: Tensor, group: int, length: int, total: int
 ) -> tuple[Tensor, Tensor]:
     """Out `[n, group, rows, value_dim]` and lse of n lists: slots `[n, m]`, rows `[n, rows]`."""
-    position = rows + total - length
-    seen = (slots >= 0) & (slots <= position.amax(-1, keepdim=True))
-    m = int((seen.any(0) * torch.arange(1, slots.shape[1] + 1, device=slots.device)).amax())
-    slots = slots[:, : max(m, 1)]
-    see = (slots[:, None] >= 0) & (slots[:, None] <= position[..., None])
-    at = key_base[:, None] + slots.clamp(0, total - 1)
+    position = (rows + total - length).int()
+    after = slots.where(slots >= 0, total).int()  # no key is a key after all queries
+    reach = (after <= position.amax(-1, keepdim=True)).any(0) * torch.arange(1, slots.shape[1] + 1, device=slots.device)
+    m = max(int(reach.amax()), 1)
+    hide = after[:, None, :m] > position[..., None]
+    at = (key_base[:, None] + slots[:, :m].clamp(0, total - 1)).flatten()
     heads_of = list_of[:, None] * group + torch.arange(group, device=slots.device)
     q = p.q[heads_of[:, :, None] * length + rows[:, None]]
-    part = p.replace(q, p.k[at][:, None], p.v[at][:, None])
-    return exact(part, causal=False, mask=lambda start, stop: see[:, None, start:stop])
+    k, v = (t.index_select(0, at).view(len(slots), 1, m, -1) for t in (p.k, p.v))
+    if p.exact or not q.is_cpu:
+        return exact(p.replace(q, k, v), causal=False, mask=lambda start, stop: ~hide[:, None, start:stop])
+    width = max(q.shape[3], v.shape[3])
+    mask = hide[:, None].to(wide(q.dtype)).mul_(HIDDEN)
+    shared = (_pad(t, width).expand(-1, group, -1, -1) for t in (k, v))
+    out, lse = _cpu_kernel(_pad(q, width), *shared, False, mask, p.scale)
+    return out[..., : v.shape[3]], lse

@@ -138,6 +138,11 @@ def test_bad_values_and_missing_profiles(model, roles):
 
 @pytest.mark.model
 @pytest.mark.claim
+@pytest.mark.xfail(
+    strict=True,
+    reason="of the seven digits, a token each, all voters keep about one in twelve (best 0.087, all 0.086, worst 0.068): the question "
+    "looks at the first digits only",
+)
 def test_semantic_heads_keep_more_of_the_needle_than_other_heads(default_model, tmp_path):
     """CompressKV (2025): with the question at the end, the four best heads of a layer keep the needle's tokens at 64 keys a layer,
     where the four worst, or all heads together as in SnapKV, keep fewer. Drawn before the run: 0.2 more than the worst, and no

@@ -108,3 +108,16 @@ def test_after_a_full_step_the_marked_keys_are_its_largest(model, ids):
 def test_bad_values(wrong, message):
     with pytest.raises(foveal.InputError, match=message):
         Recycled(**wrong)
+
+
+def test_a_full_step_is_told_before_the_pass(model, ids):
+    """A captured step serves those with the same answer only."""
+    answers = []
+
+    class Told(Recycled):
+        def begin(self, pass_):
+            answers.append(super().begin(pass_))
+            return answers[-1]
+
+    watch(model, Told(12, 8), ids[:1, :74], (70,))
+    assert answers == [(), (False,), (True,), (False,), (False,)]  # the 72nd token is due

@@ -17,9 +17,17 @@ def by_id(step, x: Tensor) -> Tensor:
     """Sum x [batch, kv_heads, T] over KV heads, which may hold different tokens: [batch, tokens seen by the longest sequence]."""
     if whole(step):
         return x.sum(1)
-    n = max(step.pass_.counts) + step.L
+    n = _tokens_seen(step.pass_)
     at = step.token.clamp(max=n).long().flatten(1)  # empty slots fall into column n
     return x.new_zeros(x.shape[0], n + 1).scatter_add_(1, at, x.flatten(1))[:, :n]
+
+
+def _tokens_seen(pass_) -> int:
+    """By the longest sequence of a pass; while a graph replays the pass, the most that any will have seen."""
+    if pass_.on_device is None:
+        return max(pass_.counts) + pass_.length
+    pass_.bounded = True
+    return pass_.horizon
 
 
 def top_ids(step, score: Tensor, k: int, allowed: int | Tensor, before: int | Tensor | None = None) -> Tensor:

@@ -64,11 +64,11 @@ class PowerAttention(Method):
         return tuple(i for n, i in enumerate(model.layers) if n % PERIOD >= self.full)
 
     def select(self, step) -> Selection:
-        if max(step.pass_.counts) + step.L <= self.window * self.block:
+        if self.window * self.block >= step.T and whole(step):
             return All()
-        if step.decode:
-            return self._decode(step) if whole(step) else PowerBlocks(self.block, self.window)
-        if step.T != step.L:
+        if step.decode and whole(step):
+            return self._decode(step)
+        if step.T != step.L or step.decode:
             return PowerBlocks(self.block, self.window)
         index = torch.arange(-(-step.L // self.block), device=step.device)
         pattern = kept(index[:, None] - index, index, self.window)

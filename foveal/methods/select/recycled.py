@@ -49,6 +49,13 @@ class Recycled(Method):
         marked = {"recycled": Plane(0, torch.bool)}
         return marked if self.similar is None else marked | {"recycled_query": Plane(0.0, width=(WIDTH,))}
 
+    def begin(self, pass_) -> tuple[bool, ...]:
+        """Which sequences are due for a full step: other kernels run then."""
+        return self._due(pass_) if pass_.decode else ()
+
+    def _due(self, pass_) -> tuple[bool, ...]:
+        return tuple((n + pass_.length) % self.stride == 0 for n in pass_.counts)
+
     def select(self, step) -> Selection:
         if not step.decode:
             return All()
@@ -70,7 +77,7 @@ class Recycled(Method):
         counts = step.pass_.counts
         if step.most(self.budget) >= step.T:
             return [True] * len(counts)
-        due = [(n + step.L) % self.stride == 0 for n in counts]
+        due = list(self._due(step.pass_))
         if self.similar is None or not any(due):
             return due
         moved = similarity(step, "recycled_query", step.q[:, :, 0]) < self.similar
@@ -86,8 +93,9 @@ class Recycled(Method):
         best = top_mask(weight, allowed) if some or any(full) else None
         if some or not all(full):
             rest = self._without_least(step, weight, allowed)
-            every = torch.as_tensor(full, device=step.device)[:, None, None]
-            best = rest if best is None else torch.where(every, best, rest)
+            if best is not None:
+                rest = torch.where(torch.as_tensor(full, device=step.device)[:, None, None], best, rest)
+            best = rest
         step.store.set("recycled", best)
         if self.similar is not None and (some or any(full)):
             remember(step, "recycled_query", step.q[:, :, -1], torch.as_tensor(full, device=step.device))

@@ -20,7 +20,7 @@ LOG2E = 1.4426950408889634
 LN2 = 0.6931471805599453
 GROUP = 16  # query rows of one matrix product; smaller groups are padded
 TILE = 64  # keys of one step
-LEAST = 4  # tiles of a piece, at least: smaller ones cost more in merging than they win
+LEAST = 2  # tiles of a piece, at least: smaller ones cost more in merging than they win
 FORMATS = {
     None: 0,
     "fp8": 1,
@@ -30,13 +30,26 @@ FORMATS = {
 
 
 @triton.jit
-def _locate(LENGTH, pid, rows, limit, pieces, RP: tl.constexpr, BN: tl.constexpr, LEAST_TILES: tl.constexpr):
-    """Which row a piece belongs to: (row, piece of the row, keys of the row, tiles of a piece)."""
+def _share(
+    LENGTH, rows, limit, pieces, RP: tl.constexpr, BN: tl.constexpr, LEAST_TILES: tl.constexpr, LISTED: tl.constexpr
+):
+    """Keys and pieces of every row, and tiles of a piece. LISTED: rows read lists of `limit` slots, whatever they hold."""
     r = tl.arange(0, RP)
-    length = tl.minimum(tl.load(LENGTH + r, mask=r < rows, other=0), limit)
+    if LISTED:
+        length = tl.where(r < rows, limit, 0)
+    else:
+        length = tl.minimum(tl.load(LENGTH + r, mask=r < rows, other=0), limit)
     tiles = (length + BN - 1) // BN
     chunk = tl.maximum((tl.sum(tiles, 0) + pieces - 1) // pieces, LEAST_TILES)
-    n = (tiles + chunk - 1) // chunk
+    return r, length, (tiles + chunk - 1) // chunk, chunk
+
+
+@triton.jit
+def _locate(
+    LENGTH, pid, rows, limit, pieces, RP: tl.constexpr, BN: tl.constexpr, LEAST_TILES: tl.constexpr, LISTED: tl.constexpr
+):  # fmt: skip
+    """Which row a piece belongs to: (row, piece of the row, keys of the row, tiles of a piece)."""
+    r, length, n, chunk = _share(LENGTH, rows, limit, pieces, RP, BN, LEAST_TILES, LISTED)
     end = tl.cumsum(n, 0)
     row = tl.sum((end <= pid).to(tl.int32), 0)
     mine = r == row
@@ -84,18 +97,19 @@ def _four(SCALE, at):
 
 @triton.jit
 def _split(
-    Q, K, V, TABLE, LENGTH, SLOTS, EXTRA, MOVED, K_SCALE, V_SCALE, OUT, LSE, LOGIT,
-    table_stride, slots_stride, extra_row, extra_head, logit_stride, moved, sink, limit, rows, pieces, scale, softcap,
+    Q, K, V, TABLE, LENGTH, HELD, SLOTS, EXTRA, MOVED, K_SCALE, V_SCALE, OUT, LSE, LOGIT,
+    table_stride, slots_stride, extra_row, extra_head, logit_stride, moved, sink, listed, limit, rows, pieces, scale, softcap,
     G: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, DV: tl.constexpr, DVP: tl.constexpr, PAGE: tl.constexpr,
     RP: tl.constexpr, GP: tl.constexpr, BN: tl.constexpr, LEAST_TILES: tl.constexpr, FORMAT: tl.constexpr,
-    HAS_SLOTS: tl.constexpr, HAS_EXTRA: tl.constexpr, HAS_MOVED: tl.constexpr, HAS_CAP: tl.constexpr, HAS_WINDOW: tl.constexpr,
+    HAS_SLOTS: tl.constexpr, RUN: tl.constexpr, OWN: tl.constexpr, HAS_EXTRA: tl.constexpr,
+    HAS_MOVED: tl.constexpr, HAS_CAP: tl.constexpr, HAS_WINDOW: tl.constexpr,
     WRITE_LOGIT: tl.constexpr, VALUES: tl.constexpr, PRECISE: tl.constexpr, STAGES: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     pid = tl.program_id(0)
     if PDL:
         tl.extra.cuda.gdc_wait()
         tl.extra.cuda.gdc_launch_dependents()
-    row, piece, length, chunk = _locate(LENGTH, pid, rows, limit, pieces, RP, BN, LEAST_TILES)
+    row, piece, length, chunk = _locate(LENGTH, pid, rows, limit, pieces, RP, BN, LEAST_TILES, HAS_SLOTS)
     if row < rows:
         start = piece * chunk * BN
         end = tl.minimum(start + chunk * BN, length)
@@ -116,6 +130,8 @@ def _split(
             q_sum = tl.sum(q.to(tl.float32), 1)
             q_high_sum = tl.sum(q_high.to(tl.float32), 1)
             high = tl.zeros([GP, DVP // HALVES], tl.float32)
+        if HAS_SLOTS:
+            held = tl.load(HELD + row) - (1 if OWN else 0)  # a list may name slots that have gone
         if HAS_WINDOW:
             skipped = tl.load(LENGTH + row) - length  # between the sinks and the window
         top = tl.full([GP], float("-inf"), tl.float32)
@@ -126,9 +142,13 @@ def _split(
             ok = n < length
             slot = n
             if HAS_SLOTS:
-                slot = tl.load(SLOTS + row * slots_stride + n, mask=ok, other=-1)
-                ok = slot >= 0
-                slot = tl.maximum(slot, 0)
+                first = tl.load(SLOTS + row * slots_stride + n // RUN, mask=n < listed * RUN, other=-1)
+                slot = first + n % RUN
+                ok = (first >= 0) & (slot < held)
+                if OWN:  # the newest key comes last, and only once
+                    ok = ok | (n == listed * RUN)
+                    slot = tl.where(n == listed * RUN, held, slot)
+                slot = tl.where(ok, slot, 0)
             if HAS_WINDOW:
                 slot = tl.where(n < sink, n, n + skipped)
             page = tl.load(TABLE + row * table_stride + slot // PAGE, mask=ok, other=0)
@@ -198,17 +218,13 @@ def _split(
 def _merge(
     PART, PART_LSE, LENGTH, SINKS, OUT, LSE, limit, rows, pieces,
     G: tl.constexpr, DV: tl.constexpr, DB: tl.constexpr, NB: tl.constexpr, RP: tl.constexpr, BN: tl.constexpr,
-    LEAST_TILES: tl.constexpr, MANY: tl.constexpr, HAS_SINKS: tl.constexpr, PDL: tl.constexpr,
+    LEAST_TILES: tl.constexpr, LISTED: tl.constexpr, MANY: tl.constexpr, HAS_SINKS: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """One program per (row, query head, stretch of the value): the pieces of the row, joined."""
     pid = tl.program_id(0)
     stretch, head = pid % NB, pid // NB
     row, g = head // G, head % G
-    r = tl.arange(0, RP)
-    length = tl.minimum(tl.load(LENGTH + r, mask=r < rows, other=0), limit)
-    tiles = (length + BN - 1) // BN
-    chunk = tl.maximum((tl.sum(tiles, 0) + pieces - 1) // pieces, LEAST_TILES)
-    n = (tiles + chunk - 1) // chunk
+    r, _, n, _ = _share(LENGTH, rows, limit, pieces, RP, BN, LEAST_TILES, LISTED)
     first = tl.sum(tl.where(r < row, n, 0), 0)
     count = tl.sum(tl.where(r == row, n, 0), 0)
     di = stretch * DB + tl.arange(0, DB)
@@ -247,7 +263,7 @@ def _merge(
 @triton.jit
 def _weigh(
     LOGIT, LSE, LENGTH, WEIGHT, logit_stride, width, limit,
-    G: tl.constexpr, GP: tl.constexpr, BN: tl.constexpr, SUM: tl.constexpr, PDL: tl.constexpr,
+    G: tl.constexpr, GP: tl.constexpr, BN: tl.constexpr, SUM: tl.constexpr, LISTED: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """Logits to weights, [rows, group, width] or, summed over the group, [rows, width]; zero past a row's length."""
     if PDL:
@@ -256,7 +272,7 @@ def _weigh(
     row = tl.program_id(1).to(tl.int64)
     n = tl.program_id(0) * BN + tl.arange(0, BN)
     gi = tl.arange(0, GP)
-    length = tl.minimum(tl.load(LENGTH + row), limit)
+    length = limit if LISTED else tl.minimum(tl.load(LENGTH + row), limit)
     some = (gi < G)[:, None]
     lse = tl.load(LSE + row * G + gi, mask=gi < G, other=0.0) * 1.4426950408889634
     lse = tl.where(lse == float("-inf"), 0.0, lse)
@@ -296,6 +312,8 @@ def launch(
     sinks: Tensor | None = None,
     extra: Tensor | None = None,
     slots: Tensor | None = None,
+    run: int = 1,
+    own: bool = False,
     moved: Tensor | None = None,
     window: tuple[int, int] | None = None,
     scales: tuple[Tensor, Tensor] | None = None,
@@ -306,8 +324,7 @@ def launch(
     rows, G, D = q.shape
     PAGE, halves = key.shape[1], 2 if format == "int4" else 1
     DV = value.shape[2] * halves
-    limit = bound if slots is None else slots.shape[1]
-    lengths = length if slots is None else torch.full_like(length, limit)
+    limit = bound if slots is None else slots.shape[1] * run + own
     if window is not None:
         limit = min(limit, sum(window))
     pieces = pieces_for(rows, q.device)
@@ -322,13 +339,14 @@ def launch(
     if format == "int4":
         scales = tuple(x.view(torch.int64) for x in scales)
     _split[(pieces + rows,)](
-        q, key, value, table, lengths, _or(slots, table), _or(extra, part), _or(moved, q), *(scales or (part, part)),
+        q, key, value, table, length, length, _or(slots, table), _or(extra, part), _or(moved, q), *(scales or (part, part)),
         part, part_lse, logit, table.stride(0), 0 if slots is None else slots.stride(0),
         0 if extra is None else extra.stride(0), 0 if extra is None or extra.shape[1] == 1 else extra.stride(1),
-        limit, 0 if moved is None else moved.shape[1], 0 if window is None else window[0], limit, rows, pieces,
+        limit, 0 if moved is None else moved.shape[1], 0 if window is None else window[0],
+        0 if slots is None else slots.shape[1], limit, rows, pieces,
         scale if softcap is not None else scale * LOG2E, softcap or 0.0,
         G=G, D=D, DP=triton.next_power_of_2(D), DV=DV, DVP=triton.next_power_of_2(DV), PAGE=PAGE, RP=RP, GP=GROUP,
-        LEAST_TILES=LEAST, FORMAT=FORMATS[format], HAS_SLOTS=slots is not None, HAS_EXTRA=extra is not None,
+        LEAST_TILES=LEAST, FORMAT=FORMATS[format], HAS_SLOTS=slots is not None, RUN=run, OWN=own, HAS_EXTRA=extra is not None,
         HAS_MOVED=moved is not None, HAS_CAP=softcap is not None, HAS_WINDOW=window is not None, WRITE_LOGIT=explicit,
         VALUES=not want.logits, PRECISE=q.dtype == torch.float32, PDL=pdl, **settings, **how,
     )  # fmt: skip
@@ -337,15 +355,16 @@ def launch(
         return out, lse, logit
     NB = 4 if DV >= 128 else 1
     _merge[(rows * G * NB,)](
-        part, part_lse, lengths, _or(sinks, part), out, lse, limit, rows, pieces, G=G, DV=DV,
-        DB=triton.next_power_of_2(-(-DV // NB)), NB=NB, RP=RP, BN=settings["BN"], LEAST_TILES=LEAST, MANY=64,
+        part, part_lse, length, _or(sinks, part), out, lse, limit, rows, pieces, G=G, DV=DV,
+        DB=triton.next_power_of_2(-(-DV // NB)), NB=NB, RP=RP, BN=settings["BN"], LEAST_TILES=LEAST, LISTED=slots is not None, MANY=64,
         HAS_SINKS=sinks is not None, PDL=pdl, num_warps=4, **how,
     )  # fmt: skip
     if not explicit:
         return out, lse, part_lse
     weights = q.new_empty((rows, limit) if want.mass else (rows, G, limit), dtype=torch.float32)
     _weigh[(triton.cdiv(limit, 512), rows)](
-        logit, lse, lengths, weights, limit, limit, limit, G=G, GP=triton.next_power_of_2(G), BN=512, SUM=want.mass,
+        logit, lse, length, weights, limit, limit, limit, G=G, GP=triton.next_power_of_2(G), BN=512, SUM=want.mass,
+        LISTED=slots is not None,
         PDL=pdl, num_warps=4, **how,
     )  # fmt: skip
     return out, lse, weights
@@ -386,7 +405,17 @@ def variants() -> list[Variant]:
     for sinks in (False, True):
         signature = dict.fromkeys(("PART", "PART_LSE", "SINKS", "LSE"), "*fp32") | {"LENGTH": "*i32", "OUT": "*bf16"}
         signature |= dict.fromkeys(("limit", "rows", "pieces"), "i32")
-        constants = {"G": 4, "DV": 128, "DB": 32, "NB": 4, "RP": 8, "BN": TILE, "LEAST_TILES": LEAST, "MANY": 64}
+        constants = {
+            "G": 4,
+            "DV": 128,
+            "DB": 32,
+            "NB": 4,
+            "RP": 8,
+            "BN": TILE,
+            "LEAST_TILES": LEAST,
+            "LISTED": False,
+            "MANY": 64,
+        }
         constants |= {"HAS_SINKS": sinks, "PDL": True}
         found.append(Variant(f"merge sinks={sinks}", _merge, signature, constants, {"num_warps": 4}))
     return found
@@ -395,12 +424,15 @@ def variants() -> list[Variant]:
 def _variant(D: int, dtype: str, format: str | None, rows: int = 8, **flags) -> Variant:
     stored = {None: dtype, "fp8": "fp8e4nv", "int8": "i8", "int4": "u8"}[format]
     pointers = {"Q": f"*{dtype}", "MOVED": f"*{dtype}", "K": f"*{stored}", "V": f"*{stored}"}
-    pointers |= dict.fromkeys(("TABLE", "LENGTH", "SLOTS"), "*i32") | dict.fromkeys(
+    pointers |= dict.fromkeys(("TABLE", "LENGTH", "HELD", "SLOTS"), "*i32") | dict.fromkeys(
         ("K_SCALE", "V_SCALE"), "*i64" if format == "int4" else "*fp16"
     )
     pointers |= dict.fromkeys(("EXTRA", "OUT", "LSE", "LOGIT"), "*fp32")
     numbers = dict.fromkeys(("table_stride", "slots_stride", "extra_row", "extra_head", "logit_stride"), "i32")
-    numbers |= dict.fromkeys(("moved", "sink", "limit", "rows", "pieces"), "i32") | {"scale": "fp32", "softcap": "fp32"}
+    numbers |= dict.fromkeys(("moved", "sink", "listed", "limit", "rows", "pieces"), "i32") | {
+        "scale": "fp32",
+        "softcap": "fp32",
+    }
     settings = tile_settings(D, D, rows, 2, format)
     constants = {"G": 4, "D": D, "DP": triton.next_power_of_2(D), "DV": D, "DVP": triton.next_power_of_2(D), "PAGE": 32}
     constants |= {
@@ -414,6 +446,6 @@ def _variant(D: int, dtype: str, format: str | None, rows: int = 8, **flags) -> 
     constants |= dict.fromkeys(
         ("HAS_SLOTS", "HAS_EXTRA", "HAS_MOVED", "HAS_CAP", "HAS_WINDOW", "WRITE_LOGIT", "PRECISE"), False
     )
-    constants |= {"VALUES": True, "PDL": True} | flags
+    constants |= {"VALUES": True, "PDL": True, "RUN": 16, "OWN": True} | flags
     name = f"decode {D} {dtype}/{stored} rows={rows} " + " ".join(k for k, v in flags.items() if v)
     return Variant(name, _split, pointers | numbers, constants, {"num_warps": settings["num_warps"]})

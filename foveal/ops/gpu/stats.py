@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 import triton
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
@@ -25,6 +26,8 @@ FLAT = ("entropy", "sink_mass", "mean_distance", "row_max")  # float32 results o
 
 
 # ---------------------------------------------------------------------- launching
+
+_ROUND = 128  # queries that the log-sum-exp is padded to a multiple of; a multiple of every tile
 
 
 class Problem(NamedTuple):
@@ -54,10 +57,12 @@ def launch_columns(p: Problem, want: Sequence[str], low: Tensor | None) -> list[
     total = p.k.shape[2]
     out = {name: p.q.new_zeros(batch, heads, total, dtype=torch.float32) for name in want}
     how = column_settings(p.q.shape[3])
-    blocks = triton.cdiv(total, how["BN"])
+    blocks, width = triton.cdiv(total, how["BN"]), triton.cdiv(n, _ROUND) * _ROUND
+    lse = F.pad(p.lse, (0, width - n), value=1e30)  # past the end every probability is zero, and none is low
+    low = lse if low is None else F.pad(low, (0, width - n), value=-3e38)
     columns_kernel[(batch * heads * blocks,)](
-        *_described(p, how), p.lse, _or(p.log_mass, p.lse), _or(low, p.lse), out.get("col_mass", p.lse),
-        out.get("col_low", p.lse), n, total, p.past, blocks, heads, 1 if low is None else low.shape[1], *_factors(p),
+        *_described(p, how), lse, _or(p.log_mass, lse), low, out.get("col_mass", lse), out.get("col_low", lse), n, width,
+        total, p.past, blocks, heads, low.shape[1], *_factors(p),
         **_constants(p), SUM="col_mass" in out, LOWS="col_low" in out, **how,
     )  # fmt: skip
     return list(out.values())
@@ -246,7 +251,7 @@ def variants() -> list[Variant]:
 def _column_variant(head_dim: int, dtype: str, **flags) -> Variant:
     how = column_settings(head_dim)
     pointers = dict.fromkeys(("LSE", "LOG_MASS", "LOW", "MASS", "COUNT"), "*fp32")
-    numbers = dict.fromkeys(("n", "total", "past", "blocks", "heads", "low_heads"), "i32")
+    numbers = dict.fromkeys(("n", "width", "total", "past", "blocks", "heads", "low_heads"), "i32")
     return _variant("columns", columns_kernel, head_dim, dtype, how, pointers, numbers, flags)
 
 
@@ -271,4 +276,6 @@ def _variant(name, kernel, head_dim, dtype, how, pointers, numbers, flags) -> Va
     signature = descriptors | pointers | numbers | {"scale": "fp32", "cap": "fp32"}
     extras = "".join(f" {key}={constants[key]}" for key in ("RANK", "LOWS", "BLOCK", "CAPPED") if constants.get(key))
     options = {key: how[key] for key in ("num_warps", "maxnreg") if key in how}
-    return Variant(f"{name} {head_dim} {dtype}{extras}", kernel, signature, constants, options, frozenset(numbers))
+    return Variant(
+        f"{name} {head_dim} {dtype}{extras}", kernel, signature, constants, options, frozenset(numbers) - {"width"}
+    )

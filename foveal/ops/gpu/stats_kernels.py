@@ -21,11 +21,14 @@ def _score(a, b, fa, fb, scale, cap, CAPPED: tl.constexpr, RANK: tl.constexpr):
 
 @triton.jit(do_not_specialize=["n", "total", "past", "blocks", "heads", "low_heads"])
 def columns_kernel(
-    QD, KD, FQD, FKD, LSE, LOG_MASS, LOW, MASS, COUNT, n, total, past, blocks, heads, low_heads, scale, cap,
+    QD, KD, FQD, FKD, LSE, LOG_MASS, LOW, MASS, COUNT, n, width, total, past, blocks, heads, low_heads, scale, cap,
     GROUP: tl.constexpr, BIAS_GROUP: tl.constexpr, MASS_GROUP: tl.constexpr, RANK: tl.constexpr, CAPPED: tl.constexpr,
     SUM: tl.constexpr, LOWS: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, D: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
-    """One program a block of BN keys and head: sum of p, and number of queries with p below theirs of LOW."""
+    """One program a block of BN keys and head: sum of p, and number of queries with p below theirs of LOW.
+
+    LSE and LOW have `width` entries a head, a multiple of the tile: a masked load of them would cost as much as the product.
+    """
     pid = tl.program_id(0)
     head, j0 = pid // blocks, pid % blocks * BN  # the first keys are seen by most queries: they start first
     b, h = head // heads, head % heads
@@ -38,7 +41,7 @@ def columns_kernel(
         log_mass = tl.load(LOG_MASS + (head // MASS_GROUP) * total + key, mask=key < total, other=0.0)
     mass = tl.zeros([BN], tl.float32)
     count = tl.zeros([BN], tl.float32)
-    low_at = LOW + (b * low_heads + h // (heads // low_heads)) * n
+    low_at = LOW + (b * low_heads + h // (heads // low_heads)) * width
     first = tl.maximum(j0 - past, 0) // BM * BM
     cut = tl.minimum((tl.maximum(j0 + BN - 1 - past, 0) + BM - 1) // BM * BM, (n + BM - 1) // BM * BM)
     for phase in tl.static_range(2):  # 0: the tiles that the diagonal cuts, 1: the rest
@@ -57,14 +60,14 @@ def columns_kernel(
             x = _score(k, q, fk, fq, scale, cap, CAPPED, RANK)
             if MASS_GROUP > 0:
                 x += log_mass[:, None]
-            x -= tl.load(LSE + head * n + query, mask=query < n, other=1e30)[None, :]
+            x -= tl.load(LSE + head * width + query)[None, :]
             if phase == 0:
                 seen = (query + past)[None, :] >= key[:, None]
                 x = tl.where(seen, x, -1e38)
             if SUM:
                 mass += tl.sum(tl.exp2(x), 1)
             if LOWS:
-                low = x < tl.load(low_at + query, mask=query < n, other=-3e38)[None, :]
+                low = x < tl.load(low_at + query)[None, :]
                 if phase == 0:
                     low = low & seen
                 count += tl.sum(low.to(tl.float32), 1)

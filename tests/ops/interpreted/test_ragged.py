@@ -41,9 +41,10 @@ def both(q, pages, logit, *, want="", extra=None, **how):
         q, pages.key, pages.value, pages.table, pages.length, pages.bound, logit.scale, softcap=logit.softcap,
         sinks=logit.sinks, extra=extra, format=pages.format, scales=scales, want=asked, **how,
     )  # fmt: skip
-    plain = {"slots": None, "moved": None, "window": None} | how
+    plain = {"slots": None, "run": 1, "own": False, "moved": None, "window": None} | how
+    listed = (plain["slots"], plain["run"], plain["own"])
     wide = q.double() if q.dtype == torch.float32 else q
-    return (out, lse, x), op._torch(wide, pages, logit, extra, plain["slots"], plain["moved"], plain["window"], want)
+    return (out, lse, x), op._torch(wide, pages, logit, extra, listed, plain["moved"], plain["window"], want)
 
 
 def close(got, expected, dtype=torch.float32, weights=False):
@@ -114,6 +115,15 @@ def test_lists_of_slots_with_gaps():
     slots[:, 40:55] = -1
     slots[1, 5:] = -1
     close(*both(q, pages, Logit(0.125), slots=slots, want="weights"), weights=True)
+
+
+@pytest.mark.parametrize("run", [4, 16, 32])
+def test_runs_of_slots_and_the_newest_key(run):
+    q, pages = make([200, 40, 1], 3, 64)
+    slots = torch.tensor([[0, 96, 192, -1], [32, 0, -1, -1], [0, -1, -1, -1]], dtype=torch.int32)
+    got, expected = both(q, pages, Logit(0.125), slots=slots, run=run, own=True, want="weights")
+    close(got, expected, weights=True)
+    assert (got[2][:, :, -1] > 0).all() and (got[0][2] == got[0][2, :1]).all()
 
 
 def test_moved_keys_stand_for_the_first_slots():
