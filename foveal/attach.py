@@ -22,6 +22,7 @@ from .edits import Plane
 from .errors import FovealError, InputError, UnsupportedModel, suggest
 from .graphs import Graphs
 from .method import STATISTICS, Method, iterate
+from .ops.formats import check_format
 from .parts import Part
 from .rope import Rope
 from .step import Pass
@@ -105,6 +106,10 @@ def attach(
         raise InputError(f"expected a transformers model, got {type(model).__name__}")
     if method is not None and not isinstance(method, Method):
         raise InputError(f"expected a foveal Method, a name or None, got {type(method).__name__}")
+    if layout is not None:
+        check_format(layout.format)
+        if layout.format is not None and layout.paged is False:
+            raise InputError(f"format '{layout.format}' is stored in pages: leave `paged` out of the layout or set it to True")
     decoder = model.get_decoder()
     if decoder in _ATTACHED:
         raise FovealError("this model is attached already: detach it first, or compose methods with `a | b`")

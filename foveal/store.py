@@ -33,7 +33,8 @@ def length_class(n: int) -> int:
 class Layout(NamedTuple):
     """How keys and values lie in memory.
 
-    paged: pages with lengths on the device (None: on CUDA devices). format: codes they are stored as, see `foveal.ops.formats`.
+    paged: pages with lengths on the device (None: on CUDA devices, and wherever codes are stored). format: None, or codes of fewer bits,
+    "fp8", "int8" or "int4", see `foveal.ops.formats`; they go with any method.
     """
 
     paged: bool | None = None
@@ -217,12 +218,14 @@ class LayerStore:
             c.append(c.pick(key), c.pick(value), c.pick(ids) if isinstance(token, Tensor) else ids)
 
     def _allocate(self, key: Tensor, value: Tensor) -> Rows:
-        rows, device, paged = key.shape[0] * key.shape[1], key.device, self.layout.paged
+        rows, device, (paged, format) = key.shape[0] * key.shape[1], key.device, self.layout
+        if paged is None:
+            paged = device.type == "cuda" or format is not None
         planes = {"token": torch.empty(rows, 0, dtype=torch.int32, device=device)}
         for name, spec in self.specs.items():
             planes[name] = torch.empty(rows, 0, *spec.width, dtype=spec.dtype, device=device)
-        if device.type == "cuda" if paged is None else paged:
-            return PagedRows.start(key, value, planes, self.fills, self.layout.format)
+        if paged:
+            return PagedRows.start(key, value, planes, self.fills, format)
         planes |= {"key": key.new_empty(rows, 0, key.shape[3]), "value": value.new_empty(rows, 0, value.shape[3])}
         return Rows(planes, self.fills, 0, None, None, frozenset(range(key.shape[1])))
 

@@ -40,10 +40,10 @@ def pages_of(
 def grid() -> Iterator[dict]:
     """Errors of the kernel against float32 softmax attention over the same numbers, over shapes, types and options."""
     torch.manual_seed(0)
-    for dim in (64, 96, 128, 256):
-        for group in (1, 3, 4, 7, 8, 9, 16):
-            for dtype in (torch.bfloat16, torch.float16):
-                yield _check(f"dim {dim} group {group} {str(dtype)[6:]}", [300, 1, 64, 2049, 0, 33], group, dim, dtype)
+    shapes = [(dim, group, torch.bfloat16) for dim in (64, 96, 256) for group in (1, 4, 9)]
+    shapes += [(128, group, torch.bfloat16) for group in (1, 3, 4, 7, 8, 9, 16)] + [(128, 4, torch.float16)]
+    for dim, group, dtype in shapes:
+        yield _check(f"dim {dim} group {group} {str(dtype)[6:]}", [300, 1, 64, 2049, 0, 33], group, dim, dtype)
     for format in ("fp8", "int8", "int4"):
         for dim in (64, 96, 128):
             yield _check(f"dim {dim} {format}", [300, 1, 64, 2049], 4, dim, torch.bfloat16, format=format)

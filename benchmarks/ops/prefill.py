@@ -51,6 +51,18 @@ def grid() -> Iterator[dict]:
         yield _check_band(dim)
         yield _check_backward(dim)
     yield _check_packed()
+    yield _check_bias()
+
+
+def _check_bias() -> dict:
+    q, k, v = inputs(700, 128, 8, 2)
+    bias = torch.randn(1, 8, 700, 2, device="cuda"), torch.randn(1, 2, 700, 2, device="cuda")
+    out, lse = ops.attend(q, k, v, scale=SCALE, bias=bias, need_lse=True)
+    expected, expected_lse = reference.attend(q, k, v, scale=SCALE, bias=bias)
+    return {
+        "case": "dense + bias",
+        "error": max(relative_error(out, expected), (lse - expected_lse).abs().max().item()),
+    }
 
 
 def _check_blocks(dim: int, group: int, length: int, dtype) -> dict:
@@ -119,7 +131,8 @@ def run(lengths=(32768, 131072)) -> Iterator[dict]:
     for length in lengths:
         yield from _forward(length)
     yield from _bands(32768)
-    yield from _backward(8192)
+    yield from _backward(16384)
+    yield from _bias(32768)
 
 
 def _forward(length: int) -> Iterator[dict]:
@@ -139,12 +152,6 @@ def _forward(length: int) -> Iterator[dict]:
             calls[f"triton {d}"] = lambda lists=lists: _twin(q, k, v, lists)
             if d in (0.1, 0.25, 0.5):
                 calls[f"flex {d}"] = _flex(q, k, v, chosen)
-    if length <= 65536:
-        phi_q, phi_k = (
-            torch.randn(1, HEADS, length, 2, device="cuda"),
-            torch.randn(1, KV_HEADS, length, 2, device="cuda"),
-        )
-        calls["dense + rank 2 bias"] = lambda: ops.attend(q, k, v, scale=SCALE, bias=(phi_q, phi_k))
     times = interleaved_ms(calls, rounds=5 if length <= 65536 else 3)
     for name, ms in times.items():
         kind, _, density = name.partition(" ")
@@ -203,6 +210,18 @@ def _bands(length: int) -> Iterator[dict]:
         ms = interleaved_ms({"band": lambda how=how: ops.attend_band(q, k, v, **how)})["band"]
         flops = HEADS * 4 * DIM * length * (sink + recent - recent * recent / 2 / length)
         yield {"case": f"{length}: sink {sink} + window {recent}", "ms": ms, "TFLOP/s": flops / ms / 1e9}
+
+
+def _bias(length: int) -> Iterator[dict]:
+    q, k, v = inputs(length)
+    phi_q, phi_k = torch.randn(1, HEADS, length, 2, device="cuda"), torch.randn(1, KV_HEADS, length, 2, device="cuda")
+    calls = {
+        "dense": lambda: ops.attend(q, k, v, scale=SCALE, need_lse=True),
+        "dense + rank 2 bias": lambda: ops.attend(q, k, v, scale=SCALE, bias=(phi_q, phi_k)),
+    }
+    times = interleaved_ms(calls)
+    for name, ms in times.items():
+        yield {"case": f"{length}: {name}", "ms": ms, "of_dense": ms / times["dense"]}
 
 
 def _backward(length: int) -> Iterator[dict]:
