@@ -19,7 +19,7 @@ def meta() -> dict[str, Any]:
     module = sys.modules["__main__"].__spec__
     name = module.name.removesuffix(".__main__") if module is not None else Path(sys.argv[0]).stem
     found = {
-        "command": " ".join(["python -m", name, *(a for a in sys.argv[1:] if "/" not in a)]),
+        "command": f"python -m {name}",
         "date": datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d"),
         "gpu": gpu,
         "cpu": platform.machine(),

@@ -15,6 +15,7 @@ from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeEl
 from rich.table import Table
 
 from .errors import FovealError, InputError
+from .tasks import tasks as known_tasks
 
 if TYPE_CHECKING:
     from .method import Method
@@ -49,6 +50,7 @@ Device = Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1, ...; defaul
 Dtype = Annotated[
     str | None, typer.Option(help="float32, bfloat16 or float16; default: float32 on a CPU, bfloat16 elsewhere.")
 ]
+TASKS = f"Comma-separated, options in brackets (\"longbench(subset='hotpotqa', data='folder')\"): {', '.join(known_tasks())}."
 
 
 @app.command()
@@ -57,7 +59,7 @@ def compare(
     methods: Annotated[
         str | None, typer.Option(help='Comma-separated names, or compositions like "quest|h2o(budget=0.5)".')
     ] = None,
-    tasks: Annotated[str | None, typer.Option(help="Comma-separated: passkey, needle, perplexity.")] = None,
+    tasks: Annotated[str | None, typer.Option(help=TASKS)] = None,
     budgets: Annotated[
         str | None, typer.Option(help="Comma-separated shares of the tokens seen (0.25) or token counts (512).")
     ] = None,
@@ -78,12 +80,12 @@ def compare(
     from .compare.run import BUDGETS, LENGTHS, METHODS, SAMPLES, configurations, default_tasks
     from .compare.run import compare as run
     from .compare.table import rich_table
-    from .tasks import get_task
+    from .spec import parse_task
 
     defaults = (LENGTHS, BUDGETS) if not quick else ((512,), (0.5, 0.25))
     chosen = {
         "methods": _split(methods, "methods") or METHODS,
-        "tasks": [get_task(t) for t in _split(tasks, "tasks")] or default_tasks(),
+        "tasks": [parse_task(t) for t in _split(tasks, "tasks")] or default_tasks(),
         "budgets": [_budget(b, "--budgets") for b in _split(budgets, "budgets")] or defaults[1],
         "lengths": [_whole(n, "lengths") for n in _split(lengths, "lengths")] or defaults[0],
     }
@@ -94,7 +96,6 @@ def compare(
     _check_writable(page, "--out")
     _check_writable(json_path, "--json" if json_path.parent != out else "--out")
     loaded = _load(model, device, dtype)
-    command = " ".join(["foveal", *(f'"{a}"' if " " in a or "|" in a or "(" in a else a for a in sys.argv[1:])])
     with _progress() as progress:
         bar = progress.add_task("reading the plan", total=1.0)
         result = run(
@@ -102,7 +103,7 @@ def compare(
             **chosen,
             samples=samples or SAMPLES,
             seed=seed,
-            command=command,
+            command=_command(),
             progress=lambda line, share: progress.update(bar, description=line, completed=share),
         )
     results = result.to_dict()
@@ -119,11 +120,85 @@ def compare(
 
 
 @app.command()
+def tune(
+    model: Model = None,
+    data: Annotated[
+        Path | None,
+        typer.Option(help='Your prompts, JSON lines {"prompt": ..., "answer": ...}; answers on all lines or on none.'),
+    ] = None,
+    memory: Annotated[float, typer.Option(help="The most bytes, as a share of the dense cache's.")] = 0.25,
+    max_drop: Annotated[float, typer.Option(help="The most that may be lost, as a share of dense's score.")] = 0.02,
+    methods: Annotated[str | None, typer.Option(help="Methods to try; default: all that let keys go.")] = None,
+    tasks: Annotated[str | None, typer.Option(help="Generated tasks where there are no prompts, as for compare.")] = None,
+    length: Annotated[int, typer.Option(help="Tokens of generated texts.")] = 1024,
+    samples: Annotated[int | None, typer.Option(help="Prompts, or questions per task; default: all prompts, or 24.")] = None,
+    tokens: Annotated[int, typer.Option(help="Tokens answered, or compared with dense, after each prompt.")] = 64,
+    plain: Annotated[bool, typer.Option("--plain", help="Give prompts as they are, without the chat template.")] = False,
+    seed: Annotated[int, typer.Option(help="Which prompts come first, which texts.")] = 0,
+    out: Annotated[Path, typer.Option(help="Folder for foveal.toml and the report; a stopped search goes on there.")] = Path(
+        "foveal-tune"
+    ),
+    device: Device = None,
+    dtype: Dtype = None,
+) -> None:
+    """Which method and budget serve this model within a memory limit? Searches on your prompts and writes a profile."""
+    from .compare.report import write_report
+    from .spec import parse_task
+    from .tune.prompts import read_prompts
+    from .tune.search import candidates, check_drop
+    from .tune.search import tune as run
+
+    names = _split(methods, "methods") or None
+    chosen = [parse_task(t) for t in _split(tasks, "tasks")] or None
+    check_drop(max_drop)
+    candidates(memory, names)
+    if tokens < 1:
+        raise InputError(f"--tokens {tokens}: ask for at least one token")
+    if data is not None:
+        read_prompts(data, plain=plain, max_new_tokens=tokens)
+    _check_writable(out / "foveal.toml", "--out")
+    loaded = _load(model, device, dtype)
+    with _progress() as progress:
+        bar = progress.add_task("reading the plan", total=1.0)
+        found = run(
+            *loaded,
+            data,
+            memory=memory,
+            max_drop=max_drop,
+            names=names,
+            tasks=chosen,
+            length=length,
+            samples=samples,
+            new_tokens=tokens,
+            plain=plain,
+            seed=seed,
+            out=out,
+            progress=lambda line, share: progress.update(bar, description=line, completed=share),
+            command=_command(),
+        )
+    results = found.comparison.to_dict()
+    found.comparison.save_json(out / "results.json")
+    write_report(results, out / "report.html")
+    console.print(found.sentence, highlight=False, markup=False)
+    if found.interrupted:
+        raise typer.Exit(130)
+    files = [out / "report.html"] if found.profile is None else [found.profile.save(out / "foveal.toml"), out / "report.html"]
+    console.print(f"wrote {' and '.join(map(str, files))}", highlight=False, markup=False, soft_wrap=True)
+    if found.profile is None:
+        raise typer.Exit(1)
+
+
+@app.command()
 def generate(
     prompt: Annotated[str, typer.Argument(help="The prompt; '-' reads it from standard input.")],
     model: Annotated[str | None, typer.Option(help="Hugging Face id or local folder.")] = None,
-    method: Annotated[str, typer.Option(help='A name, or a composition like "quest|h2o(budget=0.5)".')] = "dense",
+    method: Annotated[
+        str | None, typer.Option(help='A name, or a composition like "quest|h2o(budget=0.5)"; default: dense.')
+    ] = None,
     budget: Annotated[str | None, typer.Option(help="Share of the tokens seen (0.25) or token count (512).")] = None,
+    profile: Annotated[
+        Path | None, typer.Option(help="A foveal.toml that `foveal tune` wrote: its method, and its model unless --model.")
+    ] = None,
     tokens: Annotated[int, typer.Option(help="Most tokens to generate.")] = 128,
     plain: Annotated[
         bool, typer.Option("--plain", help="Give the prompt as it is, without the chat template.")
@@ -133,18 +208,22 @@ def generate(
 ) -> None:
     """Generate greedily with a method, and say what the cache came to."""
     from . import attach, get_method
+    from .profile import load_profile
     from .tasks.task import encode
 
+    if profile is not None and not method is budget is None:
+        raise InputError("a profile says method and budget: give --profile, or --method and --budget")
+    found = None if profile is None else load_profile(profile)
     params = {} if budget is None else {"budget": _budget(budget, "--budget")}
-    if method == "dense" and params:
+    if method in (None, "dense") and params:
         raise InputError("dense attention keeps everything and takes no --budget: name a method with --method")
-    chosen = None if method == "dense" else get_method(method, **params)
+    chosen = found.method if found else None if method in (None, "dense") else get_method(method, **params)
     if tokens < 1:
         raise InputError(f"--tokens {tokens}: ask for at least one token")
     text = sys.stdin.buffer.read().decode(errors="replace") if prompt == "-" else prompt
     if not text.strip():
         raise InputError("the prompt is empty: give at least one word")
-    network, tokenizer = _load(model, device, dtype)
+    network, tokenizer = _load(found.model.get("name") if found and model is None else model, device, dtype)
     import torch
     from transformers import TextStreamer
 
@@ -156,7 +235,7 @@ def generate(
     else:
         ids = encode(tokenizer, text, special=True)
     _check_fits(network, chosen, len(ids), tokens)
-    with attach(network, chosen) as session:
+    with found.attach(network) if found else attach(network, chosen) as session:
         network.generate(
             torch.tensor([ids], device=network.device),
             attention_mask=torch.ones(1, len(ids), dtype=torch.long, device=network.device),
@@ -298,6 +377,11 @@ def _load(model: str | None, device: str | None, dtype: str | None):
     return load(model, device=device, dtype=dtype)
 
 
+def _command() -> str:
+    """The command line as it was given."""
+    return " ".join(["foveal", *(f'"{a}"' if " " in a or "|" in a or "(" in a else a for a in sys.argv[1:])])
+
+
 def _progress() -> Progress:
     columns = (
         SpinnerColumn(),
@@ -314,14 +398,9 @@ def _split(text: str | None, name: str) -> list[str]:
     """Comma-separated values; commas inside brackets belong to the value."""
     if text is None:
         return []
-    parts, depth = [""], 0
-    for ch in text:
-        depth += (ch == "(") - (ch == ")")
-        if ch == "," and depth == 0:
-            parts.append("")
-        else:
-            parts[-1] += ch
-    parts = [p.strip() for p in parts if p.strip()]
+    from .spec import split
+
+    parts = [p.strip() for p in split(text, ",") if p.strip()]
     if not parts:
         raise InputError(f"--{name} is empty: give at least one value")
     return parts

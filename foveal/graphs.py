@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from .step import Pass
 
 SETTLED = 4  # steps of one shape before a capture pays
-AHEAD = 128  # keys a row may grow by before memory moves and a new capture is due
+AHEAD = 64  # keys a row can grow by, at least, before memory moves and a new capture is due
 _STATIC = ("input_ids", "position_ids")
 _DROPPED = ("attention_mask", "cache_position", "past_key_values")
 
@@ -113,7 +113,7 @@ class Graphs:
     def _begin(self, pass_: Pass, kwargs: dict, key: tuple, rows: list[PagedRows]) -> Any:
         """Run this step with lengths hidden from the host, then record the next one like it."""
         for c in rows:
-            c.reserve(max(AHEAD, c.capacity // 64))
+            c.reserve(AHEAD)
         static = self._load(pass_, kwargs)
         lengths_hidden = partial(hidden, pass_, rows, self.counts)
         with lengths_hidden():

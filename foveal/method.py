@@ -40,7 +40,7 @@ class Method:
 
     name: ClassVar[str] = ""
     paper: ClassVar[str] = ""
-    claim: ClassVar[Claim | str] = ""
+    claim: ClassVar[Claim]
     planes: ClassVar[Mapping[str, Plane]] = {}
     """Per-key state it wants the store to carry. (A property, like `needs`, where it depends on the fields.)"""
     needs: ClassVar[frozenset[str]] = frozenset()
@@ -206,17 +206,18 @@ def check_count(name: str, value: int, low: int = 0) -> None:
 _REGISTRY: dict[str, type[Method]] = {}
 
 
-def method(name: str, *, paper: str, claim: Claim | str = "") -> Callable[[type[Method]], type[Method]]:
+def method(name: str, *, paper: str, claim: Claim | None = None) -> Callable[[type[Method]], type[Method]]:
     """Class decorator: defining a method registers it under the paper's usual short name.
 
-    claim: what the paper claims, as a `foveal.verify.Claim` with the experiments that test it, or as a sentence where there are none.
-    Raises InputError without a claim, and where the name is taken.
+    claim: what the paper claims, as a `foveal.verify.Claim` with the experiments that test it or the reason why there are none.
+    Raises InputError without a claim, for one in words alone, and where the name is taken.
     """
     from .verify import Claim
 
-    if not (isinstance(claim, Claim) or (isinstance(claim, str) and claim.strip())):
+    if not isinstance(claim, Claim):
         raise InputError(
-            f"method '{name}' has no claim (got {claim!r}): state it with claim=foveal.verify.Claim(...), so that it can be re-checked"
+            f"method '{name}' has no claim that can be re-checked (got {claim!r:.60}): state it as claim=foveal.verify.Claim(words, "
+            "experiments=...), or with untestable='why there is no experiment'"
         )
 
     def register(cls: type[Method]) -> type[Method]:

@@ -20,6 +20,7 @@ from .ops.pages import Pages, append_page_keys, as_bytes, drop_page_keys, pools,
 from .rows import FIXED, Piece, Rows, places_of, pool, round_up
 
 SIZE = 32  # keys of a page: larger ones waste more of short rows, smaller ones cost page lists
+ROOM = 128  # keys a row grows by, at least: memory that moves costs a captured graph
 
 
 class PagedRows(Rows):
@@ -38,7 +39,7 @@ class PagedRows(Rows):
     ):
         """pool: pages 0, 1, ... are taken row by row for `lengths` keys each; the rest is free."""
         self.pool, self.planes, self.fills, self.heads, self.dtype = pool, planes, fills, heads, dtype
-        self.index, self.fixed, self.pages, self.room = None, False, {}, SIZE
+        self.index, self.fixed, self.pages = None, False, {}
         self.generation = 0  # grows when memory moves, which a captured graph cannot follow
         device, total = pool.key.device, pool.key.shape[0]
         self.arange = torch.arange(len(lengths), device=device)
@@ -128,15 +129,13 @@ class PagedRows(Rows):
         lengths = self.lengths()  # the bounds may have drifted from the truth: look before growing
         have = self.pool.key.shape[0] - sum(_pages(n) for n in lengths)
         need = sum(_pages(n + extra) - _pages(n) for n in lengths)
-        room = max(self.room, self.capacity // 64)
+        room = max(ROOM, round_up(self.capacity // 64, SIZE)) if self._bound else 0
         if have < need:
-            more = max(need - have, len(lengths) * (room // SIZE if self._bound else 0))
+            more = max(need - have, len(lengths) * (room // SIZE))
             self._more_pages(have, more)
             have += more
         if self._bound + extra > self.capacity:
-            self._widen(max(self._bound + extra, self.capacity + (room if self._bound else 0)))
-        if self._bound:
-            self.room = min(2 * room, max(64, self.capacity // 16))
+            self._widen(max(self._bound + extra, self.capacity + room))
         self.assured = max(extra, have // len(lengths) * SIZE)
 
     def _more_pages(self, have: int, more: int) -> None:
@@ -192,11 +191,12 @@ class PagedRows(Rows):
     def _append_many(self, key: Tensor, value: Tensor, ids: Tensor) -> None:
         lengths, extra = self.lengths(), key.shape[1]
         have = self.pool.key.shape[0] - sum(_pages(n) for n in lengths)
-        places = [(row, i) for row, n in enumerate(lengths) for i in range(_pages(n), _pages(n + extra))]
-        if places:
-            row, page = torch.tensor(places, device=self.device).T
-            self.pool.table[row, page] = self.free[have - len(places) : have]
-        self.top.fill_(have - len(places))
+        first = torch.tensor([_pages(n) for n in lengths])
+        counts = torch.tensor([_pages(n + extra) for n in lengths]) - first
+        new, row = int(counts.sum()), torch.arange(len(lengths)).repeat_interleave(counts)
+        page = torch.arange(new) - (counts.cumsum(0) - counts - first).repeat_interleave(counts)
+        self.pool.table[row.to(self.device), page.to(self.device)] = self.free[have - new : have]
+        self.top.fill_(have - new)
         slots = self.pool.length.long()[:, None] + torch.arange(extra, device=self.device)
         put(self.pool, slots, key, value)
         self.planes["token"].scatter_(1, slots, ids.expand(len(self.arange), -1).to(torch.int32))

@@ -12,6 +12,7 @@ from foveal.edits import Bias, Keep, Plane
 from foveal.method import _REGISTRY, Chain, Method, check_budget, check_count, check_range, tokens_of
 from foveal.selection import Band
 from foveal.spec import parse, written
+from foveal.verify import Claim
 
 N, PROMPT, HEADS, KV = 66, 60, 6, 2
 
@@ -208,20 +209,20 @@ def test_unknown_names_suggest_the_nearest():
 
 def test_a_name_is_taken_once():
     with pytest.raises(foveal.InputError, match=r"'h2o' exists already: foveal\.methods\.keep\.h2o"):
-        foveal.method("h2o", paper="p", claim="c")(type("Another", (Method,), {}))
+        foveal.method("h2o", paper="p", claim=Claim("c", untestable="a test"))(type("Another", (Method,), {}))
     assert foveal.methods()["h2o"].__module__ == "foveal.methods.keep.h2o"
 
 
 def test_defining_a_method_registers_it():
     try:
 
-        @foveal.method("of-a-test", paper="p", claim="c")
+        @foveal.method("of-a-test", paper="p", claim=Claim("c", untestable="a test"))
         @dataclasses.dataclass(frozen=True)
         class OfATest(Method):
             width: int = 3
 
         assert foveal.get_method("of-a-test(width=5)") == OfATest(5)
-        assert (OfATest.name, OfATest.paper, OfATest.claim) == ("of-a-test", "p", "c")
+        assert (OfATest.name, OfATest.paper, str(OfATest.claim)) == ("of-a-test", "p", "c")
     finally:
         _REGISTRY.pop("of-a-test", None)
 

@@ -8,11 +8,9 @@ import gc
 import math
 import os
 import platform
-import random
 import sys
 import threading
 import time
-from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -83,15 +81,6 @@ def wilson(successes: float, n: int, z: float = 1.96) -> tuple[float, float]:
     p = successes / n
     centre, half = p + z * z / (2 * n), z * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n))
     return max(0.0, (centre - half) / (1 + z * z / n)), min(1.0, (centre + half) / (1 + z * z / n))
-
-
-def bootstrap(values: Sequence[float], seed: int = 0, rounds: int = 2000) -> tuple[float, float] | None:
-    """The 95 % percentile bootstrap interval of a mean; None for fewer than two values."""
-    if len(values) < 2:
-        return None
-    rng = random.Random(seed)
-    means = sorted(sum(rng.choices(values, k=len(values))) / len(values) for _ in range(rounds))
-    return means[int(0.025 * rounds)], means[int(0.975 * rounds) - 1]
 
 
 def hardware(device: torch.device) -> dict:

@@ -12,7 +12,7 @@ import tempfile
 from dataclasses import asdict
 from pathlib import Path
 
-from foveal.compare.table import Row, amount, lengths_of, markdown_table, percent, summary_rows
+from foveal.compare.table import Row, amount, front, lengths_of, markdown_table, percent, summary_rows
 from foveal.errors import InputError
 
 STATIC = Path(__file__).with_name("static")
@@ -53,8 +53,9 @@ def render(results: dict) -> str:
     meta = results.get("meta") if isinstance(results.get("meta"), dict) else {}
     data = {
         "meta": meta,
-        "answer": headline(results),
+        "answer": meta["answer"] if isinstance(meta.get("answer"), str) else headline(results),
         "views": {"all": [_plain_row(row) for row in summary_rows(results)]},
+        "limits": meta.get("limits") if isinstance(meta.get("limits"), dict) else {},
         "lengths": lengths,
         "grids": _grids(results),
         "markdown": markdown_table(results),
@@ -140,7 +141,7 @@ def _plain_row(row: Row) -> dict:
 
 
 def _grids(results: dict) -> list[dict]:
-    """Per method, budget and task: the score at each length and depth, for the heat maps; rows in the table's order."""
+    """Per method, budget and task: the score at each length and depth or turn, for the heat maps; rows in the table's order."""
     panels = []
     for row in summary_rows(results):
         mine = [
@@ -150,7 +151,7 @@ def _grids(results: dict) -> list[dict]:
         ]
         for task in row.tasks:
             cells = [
-                {"length": r.get("length"), "depth": c.get("depth"), "score": c.get("score"), "n": c.get("n")}
+                {"length": r.get("length"), **{k: c.get(k) for k in ("depth", "turn", "score", "n")}}
                 for r in mine
                 if str(r.get("task")) == task and r.get("status", "ok") == "ok"
                 for c in r.get("grid") or []

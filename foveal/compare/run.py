@@ -1,17 +1,16 @@
 """The comparison: every method at every budget on the same prompts, in one process.
 
 Each prompt is read densely once; methods that read like the dense model start from a replay of it, the others read for
-themselves. The question comes after compression, and questions on texts of one length are answered as one batch. Speed
-and memory come from runs of their own, one sequence at a time, so that nothing shared is counted to anyone.
+themselves. The question comes after compression, and questions on texts of one length are answered as one batch (`ask.py`).
+Speed and memory come from runs of their own, one sequence at a time, so that nothing shared is counted to anyone.
 """
 
 from __future__ import annotations
 
-import math
 import platform
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import Any
@@ -20,22 +19,21 @@ import torch
 import transformers
 
 from .. import __version__
-from ..attach import Session, attach
-from ..cache import Store
+from ..attach import attach
 from ..errors import FovealError, InputError
 from ..hub import check_weights, model_identity
 from ..method import Budget, Method, check_budget, check_count, get_method, methods
-from ..replay import Recording, can_replay, record
+from ..replay import Recording, can_replay
+from ..spec import parse_task
 from ..tasks import Sample, Task, get_task
-from .drive import answer, follow
-from .measure import Memory, bootstrap, hardware, now, out_of_memory, wilson
-from .records import Comparison, Record
+from .ask import TOGETHER, Asked, Asker, chunks
+from .measure import hardware, out_of_memory
+from .records import Comparison, Record, filled
 
 METHODS = ("streaming-llm", "h2o", "scissorhands", "razor", "duo", "quest")
 BUDGETS = (0.5, 0.25)
 LENGTHS = (512, 1024)
 SAMPLES = 4
-TOGETHER = 10  # questions answered as one batch
 
 
 @dataclass(frozen=True, eq=False)
@@ -95,13 +93,13 @@ def compare(
 ) -> Comparison:
     """Run methods x budgets x tasks x lengths on a model and return all measurements.
 
-    tasks: names or tasks; default `default_tasks()`. samples: questions per task and length. progress: called with a line
-    and the share done. A failing configuration is reported in its records and does not stop the rest; Ctrl-C returns what
-    was measured, marked so. Raises InputError before any work for unknown names, bad values, weights that are not finite
-    and lengths the model does not have, UnsupportedModel for a model that cannot be attached.
+    tasks: names like "needle" or "needle(per_context=1)", or tasks; default `default_tasks()`. samples: questions per task and
+    length. progress: called with a line and the share done. A failing configuration is reported in its records and does not stop
+    the rest; Ctrl-C returns what was measured, marked so. Raises InputError before any work for unknown names, bad values, weights
+    that are not finite and lengths the model does not have, UnsupportedModel for a model that cannot be attached.
     """
     configs = configurations(methods, budgets)
-    chosen = default_tasks() if tasks is None else [t if isinstance(t, Task) else get_task(t) for t in tasks]
+    chosen = default_tasks() if tasks is None else [t if isinstance(t, Task) else parse_task(t) for t in tasks]
     if not chosen or not lengths:
         raise InputError("nothing to compare: give at least one task and one length")
     for name, values in (("samples", [samples]), ("lengths", lengths)):
@@ -124,9 +122,10 @@ class _Run:
         self.model, self.tokenizer, self.configs, self.tasks = model, tokenizer, configs, tasks
         self.lengths, self.samples, self.seed = lengths, samples, seed
         self.progress = progress or (lambda line, share: None)
-        self.device = model.device
+        self.asker, self.device = Asker(model, tokenizer), model.device
         self.records: dict[tuple, Record] = {}
         self.found: dict[tuple, list[tuple[Sample, float]]] = {}
+        self.unscored: set[str] = set()  # tasks that could not be prepared
         self.interrupted = False
         self.started = datetime.now(UTC)
         positions = getattr(model.config.get_text_config(), "max_position_embeddings", None)
@@ -150,7 +149,11 @@ class _Run:
         for c in self.configs:
             for task, length in self.cells:
                 self._record(c, task, length)
-        return Comparison(self.meta, [self._close(key, r) for key, r in self.records.items()])
+        dense = self.configs[0]
+        for (c, task, length), r in self.records.items():
+            base = None if c is dense else self.found.get((dense, task, length), [])
+            filled(r, self.found.get((c, task, length), []), base, self.seed)
+        return Comparison(self.meta, list(self.records.values()))
 
     def _meta(self, command: str) -> dict[str, Any]:
         versions = {"foveal": __version__, "torch": torch.__version__, "transformers": transformers.__version__}
@@ -169,10 +172,11 @@ class _Run:
             "notes": [
                 "Questions are asked after compression.",
                 "Bytes are of allocated cache tensors after the prompt was read, token ids and statistics included.",
-                "Prefill, decode, peak memory and perplexity are of one sequence alone at the longest length; on a shared "
+                "Prefill, decode, peak memory and next tokens are of one sequence alone at the longest length; on a shared "
                 "machine compare ratios only.",
-                "For passkey and needle n counts questions (95 % Wilson interval), for perplexity predicted tokens (95 % "
-                "bootstrap interval).",
+                "Where answers are generated n counts questions (95 % Wilson interval where each is right or wrong, else 95 % "
+                "bootstrap interval), for perplexities the predicted tokens that count (95 % bootstrap interval).",
+                "Shares of dense carry 95 % paired bootstrap intervals: both answered the same samples.",
             ],
         }
 
@@ -197,8 +201,8 @@ class _Run:
         """(expected cost, what it is, the work), shortest texts first so that something is there early."""
         for length in self.lengths:
             asked = [(t, s) for t in self.tasks if t.kind == "generate" for s in self.cells[t.name, length]]
-            for chunk in _chunks(asked):
-                reading: dict[tuple, Recording] = {}
+            for chunk in chunks(asked):
+                reading: dict[tuple, Recording | None] = {}
                 documents = list(dict.fromkeys(s.context for _, s in chunk))
                 for document in documents:
                     yield length, f"read {len(document):,} tokens", lambda d=document, r=reading: self._read(d, r)
@@ -208,80 +212,58 @@ class _Run:
                     yield own + 25 * len(chunk), line, lambda c=c, ch=chunk, r=reading: self._ask(c, ch, r)
                 yield 0, "", reading.clear
         longest, scored = self.lengths[-1], [t for t in self.tasks if t.kind == "nll"]
+        for task in scored:
+            yield 0, "", lambda t=task: self._prepare(t, longest)
         texts = sum(len(self.cells[t.name, longest]) for t in scored) or 1
         for c in self.configs:
             line = f"{_title(c)}: speed, memory and next tokens at {longest:,} tokens"
             yield texts * (longest + 1000), line, lambda c=c: self._predict(c, longest, scored)
 
     def _read(self, document: tuple[int, ...], reading: dict) -> None:
-        ids = torch.tensor([document], device=self.device)
-        replayed = [c.method for c in self.configs if can_replay(c.method)]
-        # Where one method spoils the shared reading, each reads for itself and answers for its own failure.
-        with suppress(Exception):
-            reading[document] = record(self.model, ids, replayed)
+        reading[document] = self.asker.read(document, [c.method for c in self.configs])
 
     # ------------------------------------------------------------------ questions
 
-    def _ask(self, c: Config, chunk: list[tuple[Task, Sample]], reading: dict[tuple, Recording]) -> None:
-        lengths = {(t.name, s.length) for t, s in chunk}
-        with self._guard(c, lengths):
-            with attach(self.model, c.method) as session:
-                stores, seen = [], {}
-                for task, sample in chunk:
-                    if sample.context not in seen:
-                        seen[sample.context] = self._store(session, sample.context, reading)
-                        self._bytes(c, task, sample, seen[sample.context])
-                    stores.append(seen[sample.context].fork())
-                most = max(t.max_new_tokens for t, _ in chunk)
-                # Layers with a window cannot hold questions of different lengths: there each is answered alone.
-                size = 1 if len(stores[0].managed) < len(stores[0].layers) else len(stores)
-                answers = []
-                for i in range(0, len(stores), size):
-                    questions = [s.question for _, s in chunk[i : i + size]]
-                    answers += answer(self.model, Store.join(stores[i : i + size]), questions, most, self._stops())
-                self._reads(c, lengths, session)
-            for (task, sample), ids in zip(chunk, answers, strict=True):
-                text = self.tokenizer.decode(ids[: task.max_new_tokens], skip_special_tokens=True)
-                self._note(c, task, sample, task.score(sample, text))
-
-    def _store(self, session: Session, context: tuple[int, ...], reading: dict[tuple, Recording]) -> Store:
-        if context in reading and can_replay(session.method):
-            return reading[context].replay(session)[0]
-        return self.model(torch.tensor([context], device=self.device), logits_to_keep=1).past_key_values
-
-    def _stops(self) -> set[int]:
-        stops = self.model.generation_config.eos_token_id
-        return set(stops) if isinstance(stops, list) else {stops}
+    def _ask(self, c: Config, chunk: list[Asked], reading: dict[tuple, Recording | None]) -> None:
+        with self._guard([c], {(t.name, s.length) for t, s in chunk}):
+            answers = self.asker.ask(c.method, chunk, reading)
+            for (task, sample), score, read in zip(chunk, answers.scores, answers.reads, strict=True):
+                r = self._record(c, task.name, sample.length)
+                (r.kv_bytes, r.kv_bytes_dense), r.kv_read_share = answers.held[sample.context], read
+                self.found.setdefault((c, task.name, sample.length), []).append((sample, score))
 
     # ------------------------------------------------------------------ next tokens, speed and memory
 
+    def _prepare(self, task: Task, length: int) -> None:
+        """Let the dense model, not attached, say what it must about the samples."""
+        with self._guard(self.configs, {(task.name, length)}):
+            self.unscored.add(task.name)
+            self.cells[task.name, length] = task.prepare(self.model, self.cells[task.name, length])
+            self.unscored.discard(task.name)
+
     def _predict(self, c: Config, length: int, tasks: list[Task]) -> None:
         """Read and go on, one sequence alone: the score of "nll" tasks, and what reading and each step cost."""
-        cells = [(t, s) for t in tasks for s in self.cells[t.name, length]]
+        cells = [(t, s) for t in tasks if t.name not in self.unscored for s in self.cells[t.name, length]]
         if not cells:  # no task predicts here: any text of this length tells the speed
             t = self.tasks[0]
             cells = [(t, self.cells[t.name, length][0])]
-        with self._guard(c, {(t.name, length) for t, _ in cells}):
-            reading, stepping, peaks = [], [], []
+        with self._guard([c], {(t.name, length) for t, _ in cells}):
+            done = []
             for task, sample in cells:
-                targets = sample.target if task.kind == "nll" else sample.question[1:]
-                with attach(self.model, c.method) as session, Memory(self.device) as memory:
-                    start = now(self.device)
-                    store = self.model(
-                        torch.tensor([sample.context], device=self.device), logits_to_keep=1
-                    ).past_key_values
-                    reading.append(now(self.device) - start)
-                    if task.kind == "nll":
-                        self._bytes(c, task, sample, store)
-                    losses, times = follow(self.model, store, [sample.question[0], *targets], self.device)
-                    self._reads(c, {(task.name, length)} if tasks else set(), session)
-                peaks.append(memory.peak)
-                stepping += times[1:]
-                if task.kind == "nll":
-                    task.score(sample, losses)
+                scored = task.kind == "nll" and task.name not in self.unscored
+                got = self.asker.predict(c.method, sample, sample.target if scored else ())
+                done.append(got)
+                if scored:
+                    r = self._record(c, task.name, length)
+                    (r.kv_bytes, r.kv_bytes_dense), r.kv_read_share = got.held, got.read
+                    losses = task.counted(sample, got.losses)
                     self.found.setdefault((c, task.name, length), []).extend((sample, x) for x in losses)
-            pace = 1 / _median(stepping) if stepping else None  # one token alone tells no speed
-            speed = {"prefill_s": _median(reading), "decode_tok_s": pace, "peak_bytes": max(peaks)}
+            stepping = [s for got in done for s in got.steps_s[1:]]
+            speed = {
+                "prefill_s": _median([got.prefill_s for got in done]),
+                "decode_tok_s": 1 / _median(stepping) if stepping else None,  # one token alone tells no speed
+                "peak_bytes": max(got.peak_bytes for got in done),
+            }
             for task in self.tasks:
                 r = self._record(c, task.name, length)
                 for name, value in speed.items():
@@ -292,76 +274,27 @@ class _Run:
     def _record(self, c: Config, task: str, length: int) -> Record:
         key = (c, task, length)
         if key not in self.records:
-            better = next(t.better for t in self.tasks if t.name == task)
-            self.records[key] = Record(c.name, c.params, task, length, c.budget, better=better)
+            t = next(t for t in self.tasks if t.name == task)
+            self.records[key] = Record(c.name, c.params, task, length, c.budget, better=t.better, kind=t.kind)
         return self.records[key]
 
-    def _bytes(self, c: Config, task: Task, sample: Sample, store: Store) -> None:
-        r = self._record(c, task.name, sample.length)
-        r.kv_bytes, r.kv_bytes_dense = store.nbytes, store.dense_nbytes
-
-    def _reads(self, c: Config, lengths: set[tuple[str, int]], session: Session) -> None:
-        share = session.read_share
-        for task, length in lengths:
-            self._record(c, task, length).kv_read_share = share
-
-    def _note(self, c: Config, task: Task, sample: Sample, score: float) -> None:
-        self._record(c, task.name, sample.length)
-        self.found.setdefault((c, task.name, sample.length), []).append((sample, score))
-
-    def _close(self, key: tuple, r: Record) -> Record:
-        """Turn the scores of single samples into a mean with its interval and, where depths are known, a grid."""
-        found = self.found.get(key, [])
-        if r.status == "error":
-            return r
-        if not found:
-            if r.status == "ok":
-                r.status, r.error = "skipped", "not reached before the run was stopped"
-            return r
-        scores = [s for _, s in found]
-        r.n, r.score = len(scores), math.fsum(scores) / len(scores)
-        if not math.isfinite(r.score):
-            r.status, r.error, r.score = "error", "the score is not a finite number", None
-            return r
-        binary = all(s in (0.0, 1.0) for s in scores) and r.better == "higher"
-        interval = wilson(math.fsum(scores), r.n) if binary else bootstrap(scores, self.seed)
-        if r.task == "perplexity":
-            r.score = math.exp(min(r.score, 700))  # e^709 is the largest float; such a model predicts nothing anyway
-            interval = None if interval is None else tuple(math.exp(min(x, 700)) for x in interval)
-        r.score_low, r.score_high = interval or (None, None)
-        for depth in sorted({s.depth for s, _ in found if s.depth is not None}):
-            here = [score for s, score in found if s.depth == depth]
-            r.grid.append({"depth": depth, "score": math.fsum(here) / len(here), "n": len(here)})
-        return r
-
     @contextmanager
-    def _guard(self, c: Config, cells: set[tuple[str, int]]) -> Iterator[None]:
-        """A failure of one configuration becomes the status of its records."""
+    def _guard(self, configs: Sequence[Config], cells: set[tuple[str, int]]) -> Iterator[None]:
+        """A failure becomes the status of the records it concerns."""
         try:
             yield
         except Exception as error:
-            for task, length in cells:
-                r = self._record(c, task, length)
-                r.status, r.error = "error", _explain(error)
+            for c in configs:
+                for task, length in cells:
+                    r = self._record(c, task, length)
+                    r.status, r.error = "error", explain(error)
 
 
-def _explain(error: Exception) -> str:
+def explain(error: Exception) -> str:
+    """What went wrong, in one sentence for a table."""
     if out_of_memory(error):
         return "out of memory: use a smaller --lengths or a smaller model"
     return str(error) if isinstance(error, FovealError) else f"{type(error).__name__}: {error}"
-
-
-def _chunks(asked: list[tuple[Task, Sample]]) -> Iterator[list[tuple[Task, Sample]]]:
-    """Questions in batches, those on one document together."""
-    chunk: list[tuple[Task, Sample]] = []
-    for i, (task, sample) in enumerate(asked):
-        fresh = i > 0 and asked[i - 1][1].context != sample.context
-        if chunk and fresh and len(chunk) >= TOGETHER:
-            yield chunk
-            chunk = []
-        chunk.append((task, sample))
-    if chunk:
-        yield chunk
 
 
 def _title(c: Config) -> str:
@@ -373,4 +306,4 @@ def _median(x: list[float]) -> float:
     return x[len(x) // 2]
 
 
-__all__ = ["BUDGETS", "LENGTHS", "METHODS", "Comparison", "Record", "answer", "compare", "configurations", "follow"]
+__all__ = ["BUDGETS", "LENGTHS", "METHODS", "TOGETHER", "Comparison", "Record", "compare", "configurations"]

@@ -16,8 +16,7 @@ from rich.text import Text
 from foveal.errors import InputError
 
 BASELINE = "dense"
-# Perplexity is the exponential of a mean log-likelihood, so runs of it average in log space.
-GEOMETRIC = frozenset({"perplexity"})
+PAIRED = ("dense_score", "gain")
 
 
 @dataclass
@@ -75,7 +74,8 @@ def summary_rows(results: dict, length: int | None = None) -> list[Row]:
 
     Over lengths, scores are averaged with weights `n` (perplexity in log space) and their intervals combined as
     independent ones (MOVER: the half-widths add in quadrature, each side by itself; Zou & Donner 2008). Shares of dense
-    use only the lengths that both finished, and divide by dense's point score: dense's own interval is not added.
+    use only the lengths that both finished and divide by dense's point score; their intervals are those of the paired
+    gains on dense, or, in results that hold none, of the method's own scores.
     KV bytes are summed before dividing; peak, prefill and decode are medians at the run's longest length.
     length: only the records of this many tokens; default all. Raises InputError where `results` is not of the format.
     """
@@ -109,6 +109,16 @@ def checked_records(results: dict) -> list[dict]:
 def lengths_of(results: dict) -> list[int]:
     """The context lengths in tokens that occur in the records, shortest first."""
     return sorted({r["length"] for r in checked_records(results) if _number(r.get("length")) is not None})
+
+
+def front(rows: Iterable[Row]) -> list[Row]:
+    """The Pareto front: rows that none beats in both resident bytes and quality, fewest bytes first."""
+    known = [r for r in rows if r.kv_share is not None and r.quality is not None]
+    out: list[Row] = []
+    for r in sorted(known, key=lambda r: (r.kv_share, -r.quality)):
+        if not out or r.quality > out[-1].quality:
+            out.append(r)
+    return out
 
 
 def tasks_of(rows: Iterable[Row]) -> list[str]:
@@ -148,7 +158,7 @@ def _merged(records: list[dict]) -> Score:
     n = int(sum(weights))
     weights = [w / n for w in weights] if n and all(weights) else [1 / len(records)] * len(records)
     values = [float(r["score"]) for r in records]
-    geometric = first.get("task") in GEOMETRIC and min(values) > 0
+    geometric = _geometric(first) and min(values) > 0
     to, back = (math.log, math.exp) if geometric else (float, float)
     mean = sum(w * to(v) for w, v in zip(weights, values, strict=True))
 
@@ -162,12 +172,21 @@ def _merged(records: list[dict]) -> Score:
     return Score(back(mean), bound("score_low", -1), bound("score_high", 1), n, first.get("better") or "higher")
 
 
+def _geometric(record: dict) -> bool:
+    """Perplexity is the exponential of a mean log-likelihood, so runs of it average in log space."""
+    return record.get("kind", "nll" if record.get("task") == "perplexity" else None) == "nll"
+
+
 def _share_of_dense(score: Score, mine: list[dict], dense: list[dict]) -> None:
     """Fill in the share of dense, from the lengths that both finished."""
     both = {r.get("length") for r in mine} & {r.get("length") for r in dense}
     if not both:
         return
-    ours, base = (_merged([r for r in part if r.get("length") in both]) for part in (mine, dense))
+    mine = [r for r in mine if r.get("length") in both]
+    if all(_number(r.get(name)) is not None for r in mine for name in PAIRED):
+        _paired_share(score, mine)
+        return
+    ours, base = _merged(mine), _merged([r for r in dense if r.get("length") in both])
     lower = score.better == "lower"
     if base.value <= 0 or (lower and ours.value <= 0):
         return
@@ -176,6 +195,28 @@ def _share_of_dense(score: Score, mine: list[dict], dense: list[dict]) -> None:
     )
     ends = (ours.high, ours.low) if lower else (ours.low, ours.high)
     score.share, score.share_low, score.share_high = share(ours.value), share(ends[0]), share(ends[1])
+
+
+def _paired_share(score: Score, mine: list[dict]) -> None:
+    """The share of dense and its interval from the gains on dense, sample by sample."""
+    weights = [max(_number(r.get("n")) or 0, 1) for r in mine]
+    weights = [w / sum(weights) for w in weights]
+    mean = {name: sum(w * r[name] for w, r in zip(weights, mine, strict=True)) for name in PAIRED}
+
+    def end(name: str) -> float | None:
+        if any(_number(r.get(name)) is None for r in mine):  # one sample alone has no interval
+            return None
+        gaps = (w * (r[name] - r["gain"]) for w, r in zip(weights, mine, strict=True))
+        return mean["gain"] + (-1 if name == "gain_low" else 1) * math.sqrt(sum(g * g for g in gaps))
+
+    low, high, base = end("gain_low"), end("gain_high"), mean["dense_score"]
+    if _geometric(mine[0]):  # gains are nats: more of them is worse
+        share = lambda gain: None if gain is None else math.exp(min(-gain, 700))
+        score.share, score.share_low, score.share_high = share(mean["gain"]), share(high), share(low)
+    elif base > 0 and score.better == "higher":
+        most = 1.0 if base <= 1 and score.value <= 1 else math.inf  # scores of answers do not pass one
+        share = lambda gain: None if gain is None else min(max(base + gain, 0.0), most) / base
+        score.share, score.share_low, score.share_high = share(mean["gain"]), share(low), share(high)
 
 
 def _mean_share(row: Row, expected: set[str]) -> None:

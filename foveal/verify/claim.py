@@ -40,10 +40,3 @@ class Claim:
 
     def __str__(self) -> str:
         return self.words
-
-    @staticmethod
-    def of(claim: Claim | str) -> Claim:
-        """A claim; a plain sentence is one that has no experiment."""
-        if isinstance(claim, Claim):
-            return claim
-        return Claim(claim, untestable="the claim is stated in words, without an experiment")

@@ -2,6 +2,7 @@
 
 An arm is a method in text form, "h2o(budget=0.2)", or "dense". In it, '{random}' stands for a file of this model's head roles whose KV
 heads were shuffled: the control of methods that say which heads matter. Differences are paired: both arms answer the same samples.
+Questions come after the prompt has been read and compressed; with `query_aware` they are its end, as in papers that choose by them.
 Higher is better in every difference; for perplexity its unit is nats per token.
 """
 
@@ -27,12 +28,14 @@ SAME_COST = 1.02  # arms "at equal bytes" may differ by this much, in favour of 
 
 
 class Cell(NamedTuple):
-    """Samples to be asked: a task by name, text length in tokens, how many (None: the lab's own number), which draw."""
+    """Samples to be asked: a task by name, text length in tokens, how many (None: the lab's own number), which draw, and whether the
+    question belongs to the prompt that methods see."""
 
     task: str
     length: int
     n: int | None
     draw: int = 0
+    query_aware: bool = False
 
 
 @dataclass
@@ -88,6 +91,7 @@ class StaysNear(Experiment):
     within: float
     length: int = 1024
     n: int | None = None
+    query_aware: bool = False
 
     def arms(self):
         return _asked([DENSE, self.arm], self)
@@ -106,6 +110,7 @@ class Falls(Experiment):
     by: float
     length: int = 1024
     n: int | None = None
+    query_aware: bool = False
 
     def arms(self):
         return _asked([DENSE, self.arm], self)
@@ -128,6 +133,7 @@ class Beats(Experiment):
     length: int = 1024
     n: int | None = None
     at: str = "bytes"
+    query_aware: bool = False
 
     def arms(self):
         return _asked([DENSE, self.arm, self.baseline], self)
@@ -272,7 +278,7 @@ class Same(Experiment):
 
 
 def _cell(e) -> Cell:
-    return Cell(e.task, e.length, e.n)
+    return Cell(e.task, e.length, e.n, query_aware=getattr(e, "query_aware", False))
 
 
 def _asked(arms: Sequence[str], e) -> list[tuple[str, Cell | None]]:

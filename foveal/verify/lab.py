@@ -182,7 +182,9 @@ class Lab:
     def _asked(self, cell: Cell) -> tuple[Task, list[Sample]]:
         if cell not in self._samples:
             task, seed = self._task(cell.task), self.seed + cell.draw
-            samples = task.samples(self.tokenizer, cell.length, cell.n, seed, positions=self._positions)
+            samples = task.samples(
+                self.tokenizer, cell.length, cell.n, seed, cell.query_aware, positions=self._positions
+            )
             self._samples[cell] = task, samples
         return self._samples[cell]
 

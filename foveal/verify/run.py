@@ -58,7 +58,7 @@ class Verification:
 
 def claims() -> dict[str, Claim]:
     """The claims of all registered methods, by name."""
-    return {name: Claim.of(cls.claim) for name, cls in methods().items()}
+    return {name: cls.claim for name, cls in methods().items()}
 
 
 def check_names(names: Sequence[str] | None) -> list[str]:
@@ -252,7 +252,8 @@ def _write(data: dict, file: Path) -> None:
 
 
 def _plan(claim: Claim) -> list[str]:
-    return [repr(e) for e in claim.experiments]
+    """The experiments as they are written; where the question is no part of the prompt is the usual case and goes without saying."""
+    return [repr(e).replace(", query_aware=False", "") for e in claim.experiments]
 
 
 def _cost(claim: Claim) -> int:

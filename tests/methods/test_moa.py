@@ -224,25 +224,3 @@ def test_a_model_without_a_profile_says_how_to_measure_it(model, profile):
         foveal.attach(model, MoA(0.5))
     with pytest.raises(foveal.InputError, match="block = 64: the profile was measured in blocks of 4 tokens"):
         foveal.attach(model, MoA(0.5, profile=profile))
-
-
-@pytest.mark.model
-@pytest.mark.claim
-def test_windows_made_to_measure_recall_more_than_uniform_ones(default_model):
-    """MoA (2024): at half of the cache, facts beyond a uniform window are still found. Drawn before the run: half of the needles more."""
-    from foveal.compare.drive import answer
-    from foveal.tasks import get_task
-
-    model, tokenizer = default_model
-    task = get_task("needle", per_context=4)
-    samples = task.samples(tokenizer, 768, 4, seed=2)
-
-    def recall(method):
-        with torch.no_grad(), foveal.attach(model, method):
-            store = model(torch.tensor([samples[0].context]), logits_to_keep=1).past_key_values
-            stop = {model.generation_config.eos_token_id}
-            found = answer(model, store.take([0] * 4), [s.question for s in samples], task.max_new_tokens, stop)
-        return sum(task.score(s, tokenizer.decode(ids)) for s, ids in zip(samples, found, strict=True)) / 4
-
-    assert recall(None) >= 0.75
-    assert recall(MoA(0.5)) >= recall(MoA(0.5, plan="uniform")) + 0.5

@@ -153,34 +153,3 @@ def test_sinks_of_the_model_take_their_share_of_the_weights(ids):
 def test_bad_values(wrong, message):
     with pytest.raises(foveal.InputError, match=message):
         SnapKV(**wrong)
-
-
-@pytest.mark.model
-@pytest.mark.claim
-@pytest.mark.xfail(
-    strict=True,
-    reason="of a seven-digit number, which is seven tokens here, only the first two digits survive: the pooling reaches three "
-    "neighbours of what the question looks at, and the rest of the passage goes",
-)
-def test_the_question_at_the_end_of_the_prompt_finds_its_needle(default_model):
-    """Li et al. (2024): with the question in the window, a fifth of the cache answers like the whole; as many random keys do not."""
-    from foveal.compare.drive import answer
-    from foveal.tasks import get_task
-
-    model, tokenizer = default_model
-    task = get_task("needle")
-    samples = task.samples(tokenizer, 512, 3, query_aware=True)
-
-    def recall(method):
-        right = 0
-        with torch.no_grad(), foveal.attach(model, method):
-            for s in samples:
-                store = model(torch.tensor([s.context]), logits_to_keep=1).past_key_values
-                (ids,) = answer(model, store, [s.question], task.max_new_tokens, {model.generation_config.eos_token_id})
-                right += task.score(s, tokenizer.decode(ids))
-        return right / len(samples)
-
-    dense = recall(None)
-    assert dense >= 0.8
-    assert recall(SnapKV(0.2)) >= dense - 0.2
-    assert recall(foveal.get_method("random-keep", budget=0.2)) <= dense - 0.4

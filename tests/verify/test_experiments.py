@@ -169,4 +169,3 @@ def test_half_a_claim_is_refused(wrong, message):
 
 def test_a_claim_reads_as_its_words():
     assert str(Claim("It is so.", experiments=NEAR)) == "It is so."
-    assert Claim.of("It is so.").untestable and Claim.of(claim := Claim("w", untestable="too large")) is claim

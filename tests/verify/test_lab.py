@@ -88,6 +88,24 @@ def test_answers_are_scored_by_the_task(tools, monkeypatch):
     assert asked == [s.question for s in samples]
 
 
+def test_a_question_that_belongs_to_the_prompt_is_read_before_the_method_acts(tools, monkeypatch):
+    model, tokenizer = tools
+    asked = []
+
+    def planted(model, store, questions, most, stops):
+        asked.extend(questions)
+        return [tokenizer("no", add_special_tokens=False)["input_ids"] for _ in questions]
+
+    monkeypatch.setattr(lab_module, "answer", planted)
+    near = StaysNear("h2o(budget=0.5)", "passkey", 0.1, 700, 2, query_aware=True)
+    ((_, cell), _) = near.arms()
+    got = Lab(model, tokenizer).scores("h2o(budget=0.5)", cell)
+    samples = get_task("passkey").samples(tokenizer, 700, 2, 0, query_aware=True)
+    assert asked == [s.question for s in samples] and all(len(q) == 1 for q in asked)
+    seen = [s.question for s in get_task("passkey").samples(tokenizer, 700, 2, 0)]
+    assert all(s.context[-len(q) + 1 :] == q[:-1] for s, q in zip(samples, seen, strict=True)) and got.documents == 2
+
+
 def count_passes(model, monkeypatch):
     passes = []
     monkeypatch.setattr(model, "forward", lambda *a, _old=model.forward, **k: passes.append(1) or _old(*a, **k))

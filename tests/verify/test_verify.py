@@ -177,9 +177,19 @@ def test_all_registered_claims_name_what_exists():
         )
 
 
-@pytest.mark.parametrize("claim", ["", "  ", None, 5])
+def test_recorded_results_still_answer_their_claims():
+    files = sorted((Path(__file__).parents[2] / "claims").glob("*.json"))
+    known = claims()
+    assert files
+    for file in files:
+        assert read(file).plan == run_module._plan(known[file.stem]), f"{file.name} was measured for other experiments"
+    aware = Claim("w", experiments=(StaysNear("h2o", "needle", 0.1, query_aware=True),))
+    assert "query_aware=True" in run_module._plan(aware)[0]
+
+
+@pytest.mark.parametrize("claim", ["", "It is so.", None, 5])
 def test_a_method_without_a_claim_cannot_be_registered(claim):
-    with pytest.raises(InputError, match=r"method 'of-a-test' has no claim \(got "):
+    with pytest.raises(InputError, match=r"method 'of-a-test' has no claim that can be re-checked \(got "):
         foveal.method("of-a-test", paper="p", claim=claim)
     with pytest.raises(InputError, match="has no claim"):
         foveal.method("of-a-test", paper="p")

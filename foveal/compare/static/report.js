@@ -298,18 +298,21 @@
 
   function heatMap(grid) {
     const up = (a, b) => a - b;
-    const depths = [...new Set(grid.cells.map((c) => c.depth))].sort(up);
+    const turns = grid.cells.some((c) => has(c.turn)); // of a conversation; else depths in the context
+    const place = (c) => (turns ? c.turn : c.depth);
+    const named = (p) => (turns ? `turn ${p + 1}` : `depth ${percent(p)}`);
+    const places = [...new Set(grid.cells.map(place))].sort(up);
     const task = data.grids.filter((g) => g.task === grid.task); // every length of the task, so that failures leave a gap
     const lengths = [...new Set(task.flatMap((g) => g.cells.map((c) => c.length)))].sort(up);
     const table = make("table", { class: "map" }, make("caption", {}, `${amount(grid.budget)} of the cache`),
-      make("thead", {}, make("tr", {}, make("td", { class: "none" }), ...depths.map((d) => make("th", { scope: "col" }, fixed(100 * d, 0))))));
+      make("thead", {}, make("tr", {}, make("td", { class: "none" }), ...places.map((p) => make("th", { scope: "col" }, turns ? p + 1 : fixed(100 * p, 0))))));
     const body = make("tbody", {});
     for (const length of lengths) {
-      body.append(make("tr", {}, make("th", { scope: "row" }, tokens(length)), ...depths.map((depth) => {
-        const cell = grid.cells.find((c) => c.length === length && c.depth === depth);
+      body.append(make("tr", {}, make("th", { scope: "row" }, tokens(length)), ...places.map((where) => {
+        const cell = grid.cells.find((c) => c.length === length && place(c) === where);
         if (!has(cell?.score)) return make("td", { class: "none" }, "–");
         const p = Math.max(0, Math.min(1, cell.score));
-        const td = make("td", { class: p > 0.7 ? "strong" : p > 0.55 ? "middle" : null, title: `${tokens(length)} tokens, depth ${percent(depth)}: ${percent(cell.score)}${cell.n ? `, n=${cell.n}` : ""}` },
+        const td = make("td", { class: p > 0.7 ? "strong" : p > 0.55 ? "middle" : null, title: `${tokens(length)} tokens, ${named(where)}: ${percent(cell.score)}${cell.n ? `, n=${cell.n}` : ""}` },
           fixed(100 * cell.score, 0));
         td.style.setProperty("--p", `${100 * p}%`);
         return td;

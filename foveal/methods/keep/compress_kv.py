@@ -9,6 +9,7 @@ from ...edits import Keep
 from ...errors import InputError
 from ...heads import HeadRoles, roles_for
 from ...method import Budget, check_budget, check_count, check_range, method
+from ...verify import Beats, Claim, StaysNear
 from .profiles import profile_for
 from .scoring import PromptKeeper, best_of, check_window, exact, newest, observed, smoothed
 
@@ -19,7 +20,15 @@ MEASURED = ("semantic", "eviction")
 @method(
     "compress-kv",
     paper="CompressKV: Semantic Retrieval Heads Know What Tokens are Not Important Before Generation (2025) [142]",
-    claim="Chosen by four semantic retrieval heads a layer, 3 % of the cache keeps about 97 % of question answering, ahead of SnapKV.",
+    claim=Claim(
+        "Chosen by four semantic retrieval heads a layer, 3 % of the cache keeps about 97 % of question answering, ahead of SnapKV.",
+        number="LongBench, Llama 3.1 8B and Mistral 7B: about 97 % with 3 % of the cache, ahead of SnapKV from 128 to 2,048 keys",
+        experiments=(
+            StaysNear("compress-kv(budget=0.2)", "needle", within=0.03, n=16, query_aware=True),
+            Beats("compress-kv(budget=0.2)", "snapkv(budget=0.2)", "needle", by=0.01, n=16, query_aware=True),
+        ),
+        setting="needles with the question in the prompt; a fifth of 1,024 tokens, for 3 % of so short a text is 30 keys",
+    ),
 )
 @dataclass(frozen=True)
 class CompressKV(PromptKeeper):

@@ -9,6 +9,7 @@ from ...edits import Keep
 from ...errors import InputError
 from ...method import Method, check_count, method
 from ...selection import All, Band, Selection
+from ...verify import Beats, Claim, StaysNear
 from .by_head import check_share
 from .moa_search import Rule, search
 from .profiles import profile_for
@@ -20,7 +21,15 @@ Plan = dict[int, list[Rule]]
 @method(
     "moa",
     paper="MoA: Mixture of Sparse Attention for Automatic Large Language Model Compression (2024) [19]",
-    claim="At half of the attention, windows made to measure for each head reach 3.9 times as far as a uniform window of the same cost.",
+    claim=Claim(
+        "At half of the attention, windows made to measure for each head reach 3.9 times as far as a uniform window of the same cost.",
+        number="Vicuna 7B and 13B at 50 %: 3.9 times the effective context, retrieval 1.5 to 7.1 times as good, loss within 5 %",
+        experiments=(
+            StaysNear("moa(budget=0.5)", "needle", within=0.05),
+            Beats("moa(budget=0.5)", "moa(budget=0.5, plan='uniform')", "needle", by=0.2),
+        ),
+        setting="1.5 times the recall of a window that holds the newer half of the needles is about 0.2 more; speed is not measured",
+    ),
 )
 @dataclass(frozen=True)
 class MoA(Method):

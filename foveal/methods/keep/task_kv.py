@@ -7,13 +7,22 @@ from torch import Tensor
 
 from ...edits import Keep
 from ...method import Budget, check_budget, check_count, check_range, method
+from ...verify import Claim, StaysNear
 from .scoring import PromptKeeper, best_of, check_window, exact, newest, observed, smoothed
 
 
 @method(
     "task-kv",
     paper="Task-KV: Task-aware KV Cache Optimization via Semantic Differentiation of Attention Heads (2025) [35]",
-    claim="With the heads far from the semantic centre whole, 40 % of the cache scores within 0.5 points of all of it on long documents.",
+    claim=Claim(
+        "With the heads far from the semantic centre whole, 40 % of the cache scores within 0.5 points of all of it on long documents.",
+        number="LongBench at 40 % of the cache: 45.98 of 46.47 points on Mistral 7B, 35.32 of 35.45 on Llama 2 7B chat",
+        experiments=(
+            StaysNear("task-kv(budget=0.6, sink=4, recent=32)", "needle", within=0.005, n=16, query_aware=True),
+        ),
+        setting="needles with the question in the prompt; 60 %, because of three KV heads none could stay whole within 40 %; sinks and "
+        "newest keys scaled to the text",
+    ),
 )
 @dataclass(frozen=True)
 class TaskKV(PromptKeeper):

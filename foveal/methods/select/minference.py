@@ -5,13 +5,22 @@ from dataclasses import dataclass
 from ...method import Budget, Method, check_budget, check_count, check_range, method, tokens_of
 from ...ops.scores import window_scores
 from ...selection import All, Blocks, Selection
+from ...verify import Claim, StaysNear
 from .block_maps import block_sums, is_whole_prompt, vertical_slash
 
 
 @method(
     "minference",
     paper="MInference 1.0: Accelerating Pre-filling for Long-Context LLMs via Dynamic Sparse Attention (2024)",
-    claim="Prompts of a million tokens are read up to 10x faster at equal accuracy, with sparse patterns indexed from the last 64 queries.",
+    claim=Claim(
+        "Prompts of a million tokens are read up to 10x faster at equal accuracy, with sparse patterns indexed from the last 64 queries.",
+        number="Llama 3 8B 1048k and others, InfiniteBench, RULER and needles: accuracy kept; a million tokens 10 times as fast (A100)",
+        experiments=(
+            StaysNear("minference(budget=0.25, block=16)", "needle", within=0.05, n=16, query_aware=True),
+            StaysNear("minference(budget=0.25, block=16)", "perplexity", within=0.05),
+        ),
+        setting="a quarter of 1,024 tokens, blocks scaled to the text, the question in the prompt; accuracy alone",
+    ),
 )
 @dataclass(frozen=True)
 class MInference(Method):

@@ -7,13 +7,22 @@ from ...method import Method, check_count, check_range, method
 from ...ops.scores import antidiagonal_scores
 from ...ops.top import top_blocks
 from ...selection import All, Blocks, Selection
+from ...verify import Claim, StaysNear
 from .block_maps import is_whole_prompt
 
 
 @method(
     "xattention",
     paper="XAttention: Block Sparse Attention with Antidiagonal Scoring (2025)",
-    claim="Near dense on RULER and LongBench with blocks chosen by antidiagonal sums; attention of long prompts up to 13.5x faster.",
+    claim=Claim(
+        "Near dense on RULER and LongBench with blocks chosen by antidiagonal sums; attention of long prompts up to 13.5x faster.",
+        number="Llama 3.1 8B: RULER and LongBench near dense; attention of long prompts up to 13.5 times as fast",
+        experiments=(
+            StaysNear("xattention(block=32)", "needle", within=0.1),
+            StaysNear("xattention(block=32)", "perplexity", within=0.1),
+        ),
+        setting="blocks scaled to the text; accuracy alone",
+    ),
 )
 @dataclass(frozen=True)
 class XAttention(Method):

@@ -50,15 +50,9 @@ def _slots(
     if HAS_COUNT:
         want = tl.minimum(want, tl.maximum(tl.load(COUNT + row).to(tl.int32), 0))
     least = tl.where(tl.sum((key >= 0).to(tl.int32), 0) >= want, 0, -2147483648)
-    for pair in tl.static_range(15):  # two bits a round: three counts share one sum, because a sum is what takes time
-        step = 1 << (29 - 2 * pair)
-        a = (key >= least + step).to(tl.int64)
-        b = (key >= least + 2 * step).to(tl.int64)
-        c = (key >= least + 3 * step).to(tl.int64)
-        counts = tl.sum(a + (b << 20) + (c << 40), 0)
-        steps = ((counts & 1048575) >= want).to(tl.int32) + (((counts >> 20) & 1048575) >= want).to(tl.int32)
-        least += (steps + ((counts >> 40) >= want).to(tl.int32)) * step
-    least += (tl.sum((key >= least + 1).to(tl.int32), 0) >= want).to(tl.int32)
+    for bit in tl.static_range(31):
+        trial = least + (1 << (30 - bit))
+        least = tl.where(tl.sum((key >= trial).to(tl.int32), 0) >= want, trial, least)
     above = key > least
     level = key == least
     room = want - tl.sum(above.to(tl.int32), 0)

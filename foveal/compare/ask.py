@@ -1,0 +1,185 @@
+"""Asking one method: contexts read once, questions over the compressed cache, turn after turn, and texts gone on with."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+
+from ..attach import Session, attach
+from ..cache import Store
+from ..method import Method
+from ..replay import Recording, can_replay, record
+from ..tasks import Sample, Task
+from .drive import answer, follow
+from .measure import Memory, now
+
+TOGETHER = 10  # questions answered as one batch
+# Where the next turn begins, the last tokens of the question before may be written as others.
+_SEAM = 4
+
+Asked = tuple[Task, Sample]
+
+
+@dataclass(frozen=True)
+class Answers:
+    """Scores and answers' read shares, one for each question; bytes resident and dense bytes for each context."""
+
+    scores: list[float]
+    reads: list[float | None]
+    held: dict[tuple[int, ...], tuple[int, int]]
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """A text gone on with: nats of each target token, seconds of reading and of each step, bytes, share of keys read."""
+
+    losses: list[float]
+    prefill_s: float
+    steps_s: list[float]
+    peak_bytes: int
+    held: tuple[int, int]
+    read: float | None
+
+
+class Asker:
+    """One model and its tokenizer, asked under one method after another."""
+
+    def __init__(self, model, tokenizer):
+        self.model, self.tokenizer, self.device = model, tokenizer, model.device
+
+    def read(self, document: tuple[int, ...], methods: Sequence[Method | None]) -> Recording | None:
+        """A dense reading that all of `methods` that can may replay; None where one of them spoils it for all."""
+        # Then each reads for itself and answers for its own failure.
+        with suppress(Exception):
+            ids = torch.tensor([document], device=self.device)
+            return record(self.model, ids, [m for m in methods if can_replay(m)])
+        return None
+
+    def ask(self, method: Method | None, chunk: Sequence[Asked], readings: Mapping[tuple, Recording | None]) -> Answers:
+        """Questions of kind "generate", each after its context was read (or replayed) and compressed.
+
+        Later turns of a conversation go on in the cache that read the earlier ones: what the method let go for an earlier turn is
+        gone. The answers of earlier turns in it are the right ones; what the model said itself is not kept.
+        """
+        with attach(self.model, method) as session:
+            contexts = dict.fromkeys(s.context for _, s in chunk)
+            stores = {c: self._store(session, c, readings.get(c)) for c in contexts}
+            held = {c: (s.nbytes, s.dense_nbytes) for c, s in stores.items()}
+            talks: dict[tuple, Talk] = {}
+            found: dict[int, list[int]] = {}
+            reads: dict[int, float | None] = {}
+            for group in _groups(chunk):
+                forks, questions = [], []
+                for i in group:
+                    task, sample = chunk[i]
+                    talk = talks.setdefault((task.name, sample.context), Talk(stores[sample.context]))
+                    store, rest = talk.begin(sample.question)
+                    forks.append(store)
+                    questions.append(rest)
+                found |= zip(group, self._answer(forks, questions, chunk[group[0]][0].max_new_tokens), strict=True)
+                reads |= dict.fromkeys(group, session.read_share)
+                for i in group:
+                    self._go_on(chunk, i, talks)
+        texts = [self.tokenizer.decode(found[i], skip_special_tokens=True) for i in range(len(chunk))]
+        scores = [task.score(sample, text) for (task, sample), text in zip(chunk, texts, strict=True)]
+        return Answers(scores, [reads[i] for i in range(len(chunk))], held)
+
+    def predict(
+        self, method: Method | None, sample: Sample, targets: Sequence[int], reading: Recording | None = None
+    ) -> Prediction:
+        """Read a context (or replay it, which tells no time of reading) and feed what follows token by token, one sequence alone."""
+        with attach(self.model, method) as session, Memory(self.device) as memory:
+            start = now(self.device)
+            store = self._store(session, sample.context, reading)
+            prefill = now(self.device) - start
+            held = store.nbytes, store.dense_nbytes
+            losses, times = follow(self.model, store, [*sample.question, *targets], self.device)
+            read = session.read_share
+        return Prediction(losses[len(sample.question) - 1 :], prefill, times, memory.peak, held, read)
+
+    def say(self, store: Store, question: tuple[int, ...], most: int) -> list[int]:
+        """The greedy answer from a cache, without its stop token unless that is all of it; the model is attached already."""
+        spare = store.fork()
+        (ids,) = answer(self.model, store, [question], most, self._stops)
+        return ids or answer(self.model, spare, [question], 1, set())[0]
+
+    # ------------------------------------------------------------------ parts
+
+    def _store(self, session: Session, context: tuple[int, ...], reading: Recording | None) -> Store:
+        if reading is not None and can_replay(session.method):
+            return reading.replay(session)[0]
+        return self.model(torch.tensor([context], device=self.device), logits_to_keep=1).past_key_values
+
+    def _answer(self, stores: list[Store], questions: list[tuple[int, ...]], most: int) -> list[list[int]]:
+        # Layers with a window cannot hold questions of different lengths: there each is answered alone.
+        size, out = 1 if len(stores[0].managed) < len(stores[0].layers) else len(stores), []
+        for i in range(0, len(stores), size):
+            joined = Store.join(stores[i : i + size])
+            out += answer(self.model, joined, questions[i : i + size], most, self._stops)
+        return out
+
+    def _go_on(self, chunk: Sequence[Asked], i: int, talks: dict[tuple, Talk]) -> None:
+        """Let the conversation's cache read what turn i shares with the next one."""
+        task, sample = chunk[i]
+        later = (s for t, s in chunk if (t.name, s.context, s.turn) == (task.name, sample.context, sample.turn + 1))
+        following = next(later, None)
+        if following is not None:
+            talks[task.name, sample.context].advance(self.model, sample.question, following.question)
+
+    @cached_property
+    def _stops(self) -> set[int]:
+        stops = self.model.generation_config.eos_token_id
+        return set(stops) if isinstance(stops, list) else {stops}
+
+
+class Talk:
+    """The cache of one conversation: the context, and `seen`, what was said after it so far."""
+
+    def __init__(self, document: Store):
+        self.document, self.store, self.seen = document, document, ()
+
+    def begin(self, question: tuple[int, ...]) -> tuple[Store, tuple[int, ...]]:
+        """A cache to answer in and what of the question it has not read; the document's own for what does not go on."""
+        n = len(self.seen)
+        if question[:n] != self.seen or len(question) == n:
+            self.store, self.seen, n = self.document, (), 0
+        return self.store.fork(), question[n:]
+
+    def advance(self, model, question: tuple[int, ...], following: tuple[int, ...]) -> None:
+        """Read on to where the next turn parts from this one, if it is this one's continuation at all."""
+        shared = 0
+        while shared < min(len(question), len(following)) and question[shared] == following[shared]:
+            shared += 1
+        if shared < len(question) - _SEAM or shared <= len(self.seen):
+            return
+        if self.store is self.document:
+            self.store = self.document.fork()
+        ids = torch.tensor([question[len(self.seen) : shared]], device=model.device)
+        at = self.store.seen.to(model.device)[:, None] + torch.arange(ids.shape[1], device=model.device)
+        model(ids, past_key_values=self.store, position_ids=at, logits_to_keep=1)
+        self.seen = question[:shared]
+
+
+def chunks(asked: Sequence[Asked]) -> Iterator[list[Asked]]:
+    """Questions in batches of about `TOGETHER`, those on one document never apart."""
+    chunk: list[Asked] = []
+    for i, (task, sample) in enumerate(asked):
+        fresh = i > 0 and asked[i - 1][1].context != sample.context
+        if chunk and fresh and len(chunk) >= TOGETHER:
+            yield chunk
+            chunk = []
+        chunk.append((task, sample))
+    if chunk:
+        yield chunk
+
+
+def _groups(chunk: Sequence[Asked]) -> list[list[int]]:
+    """Questions answered as one batch: those of one turn that may answer equally long."""
+    groups: dict[tuple[int, int], list[int]] = {}
+    for i, (task, sample) in enumerate(chunk):
+        groups.setdefault((sample.turn, task.max_new_tokens), []).append(i)
+    return [groups[key] for key in sorted(groups)]

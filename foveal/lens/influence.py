@@ -1,0 +1,112 @@
+"""What heads are worth: the loss without them (AttentionInfluence 2025 [110]), and heads that sleep on some kinds of text (2024 [91])."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ..attach import ModelInfo, attach
+from ..errors import InputError
+from ..method import check_count
+from ..methods.mix.heads import Ablate
+from .ranking import HeadRanking, Pairs
+from .reading import look, tokens_of
+from .result import HEADS, Look, Measure
+from .sinks import Sinks
+
+Progress = Callable[[str, float], None]
+
+
+@dataclass(frozen=True, eq=False)
+class Influence:
+    """Losses in nats per token: base [documents], without the heads [documents], without as many random heads [controls, documents]."""
+
+    heads: Pairs
+    base: Tensor
+    masked: Tensor
+    control: Tensor
+
+    @property
+    def score(self) -> Tensor:
+        """AttentionInfluence of each document: (masked - base) / base."""
+        return (self.masked - self.base) / self.base
+
+    @property
+    def control_score(self) -> Tensor:
+        """The same for the random heads, [controls, documents]."""
+        return (self.control - self.base) / self.base
+
+
+@torch.no_grad()
+def influence(
+    model,
+    tokenizer,
+    texts: Sequence[str | Sequence[int]],
+    ranking: HeadRanking,
+    count: int | None = None,
+    *,
+    mode: str = "uniform",
+    controls: int = 3,
+    seed: int = 0,
+    progress: Progress | None = None,
+) -> Influence:
+    """How much worse a model predicts each text without the first `count` heads of a ranking, and without random others.
+
+    count: default 5 % of the heads (the paper's).  mode: "uniform", the paper's masking (a head attends equally to all it sees), or
+    "zero".  controls: draws of as many other heads, of the same layers' measured heads.  Two texts are comparable within a domain only.
+    Raises InputError for texts of fewer than two tokens and what `foveal.lens.look` refuses.
+    """
+    check_count("controls", controls)
+    info = ModelInfo.of(model)
+    documents = [tokens_of(model, tokenizer, t, info) for t in texts]
+    if not documents or min(map(len, documents)) < 2:
+        raise InputError("expected texts of at least two tokens each: there is nothing to predict otherwise")
+    ranking.roles.for_model(model)
+    count = max(1, round(0.05 * len(ranking))) if count is None else count
+    heads = ranking.top(count)
+    arms = [None, heads, *(ranking.control(count, seed + i) for i in range(controls))]
+    losses = torch.zeros(len(arms), len(documents))
+    for a, arm in enumerate(arms):
+        with attach(model, None if arm is None else Ablate(arm, mode)):
+            for d, ids in enumerate(documents):
+                losses[a, d] = _loss(model, ids)
+                if progress is not None:
+                    progress("losses without heads", (a * len(documents) + d + 1) / losses.numel())
+    return Influence(heads, losses[0], losses[1], losses[2:])
+
+
+def _loss(model, ids: list[int]) -> float:
+    x = torch.tensor([ids], device=model.device)
+    logits = model(x, use_cache=False).logits[0, :-1]
+    return float(F.cross_entropy(logits.float(), x[0, 1:]))
+
+
+def dormancy(
+    model, tokenizer, texts: Mapping[str, str | Sequence[int]], *, progress: Progress | None = None
+) -> tuple[Look, ...]:
+    """One look per domain with the lens "sinks": a head's dormancy on it is its mean attention on the first token.
+
+    texts: domain -> text, at least two. Returns looks in that order; see `active_dormant`.
+    """
+    if len(texts) < 2:
+        raise InputError(
+            f"expected texts of at least two domains, got {len(texts)}: a head sleeps on one and not on another"
+        )
+    info = ModelInfo.of(model)
+    ids = [tokens_of(model, tokenizer, text, info) for text in texts.values()]
+    looks = []
+    for n, text in enumerate(ids):
+        step = None if progress is None else (lambda line, share, n=n: progress(line, (n + share) / len(ids)))
+        looks.append(look(model, tokenizer, text, [Sinks()], progress=step))
+    return tuple(looks)
+
+
+def active_dormant(looks: Sequence[Look]) -> Measure:
+    """How differently a head treats the first token on the domains: the largest less the smallest mean attention, [layer, head]."""
+    first = torch.stack([x["sinks.first"] for x in looks])
+    meaning = "mean attention on the first token: most less least over the domains"
+    return Measure.of("dormancy.difference", first.amax(0) - first.amin(0), HEADS, "share", meaning)

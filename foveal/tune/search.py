@@ -1,0 +1,307 @@
+"""The search: methods x budgets x head roles, halved again and again while the samples double (Jamieson & Talwalkar, 2016).
+
+What is measured is kept sample by sample in one file, so that a search that was stopped goes on where it was, and another limit on
+the same prompts asks only what is new.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ..attach import attach
+from ..compare.ask import Asker, chunks
+from ..compare.records import Comparison, Record, filled
+from ..compare.run import Config, configurations, default_tasks, explain
+from ..compare.table import Row, summary_rows
+from ..errors import InputError
+from ..hub import check_weights
+from ..method import Method, check_count, get_method, methods
+from ..replay import can_replay
+from ..spec import parse_task, written
+from ..tasks import Sample, Task
+from .answer import Tuning, decide, description
+from .prompts import read_prompts
+from .state import State
+
+FIRST = 3  # samples of each task in the first round
+LEAST = 4  # candidates that see all samples
+SHARES = (0.5, 0.75, 0.95, 2.0)
+"""Budgets tried, as shares of the memory limit: below it, for token ids and statistics take bytes too, and one beyond it."""
+SAMPLES = 24
+CONTROLS = ("random-keep",)  # a baseline of experiments, never an answer
+ROLES = {"duo": ({"score": "retrieval"}, {"score": "induction"}, {"score": "echo"})}
+"""Head roles to choose whole heads by, for methods that leave the choice."""
+
+
+def candidates(memory: float, names: Sequence[str | Method] | None = None) -> list[Config]:
+    """The methods that let keys go, each at every budget and by each head role; `names` are tried instead where given."""
+    check_memory(memory)
+    budgets = [round(share * memory, 6) for share in SHARES if share * memory < 1]
+    if names is None:
+        kept = {"keep", "end"}
+        names = [n for n, c in methods().items() if kept & set(c().asks) and "budget" in c.__dataclass_fields__]
+        names = [n for n in names if n not in CONTROLS]
+    out: list[Config] = []
+    for name in names:
+        variants = ROLES.get(name, ({},)) if isinstance(name, str) else ({},)
+        for extra in variants:
+            listed = configurations([name], budgets)[1:]
+            if extra:
+                listed = [Config(c.name, get_method(c.name, **c.method.params | extra), c.budget) for c in listed]
+            out += listed
+    return list({written(c.method): c for c in out}.values())
+
+
+def check_memory(memory: float) -> None:
+    """Raise unless it is a share of dense's bytes."""
+    if isinstance(memory, bool) or not isinstance(memory, int | float) or not 0 < memory <= 1:
+        raise InputError(f"memory = {memory!r}: expected a share of the dense cache's bytes, above 0 and up to 1, like 0.25")
+
+
+def check_drop(drop: float) -> None:
+    """Raise unless it is a share of dense's score."""
+    if isinstance(drop, bool) or not isinstance(drop, int | float) or not 0 <= drop < 1:
+        raise InputError(f"max_drop = {drop!r}: expected a share of dense's score, from 0 and below 1, like 0.02")
+
+
+def tune(
+    model,
+    tokenizer,
+    data: str | Path | None = None,
+    *,
+    memory: float = 0.25,
+    max_drop: float = 0.02,
+    names: Sequence[str | Method] | None = None,
+    tasks: Sequence[str | Task] | None = None,
+    length: int = 1024,
+    samples: int | None = None,
+    new_tokens: int = 64,
+    plain: bool = False,
+    seed: int = 0,
+    out: str | Path = "foveal-tune",
+    progress: Callable[[str, float], None] | None = None,
+    command: str = "",
+) -> Tuning:
+    """Which method at which budget keeps this model's quality within `memory` of the dense cache's bytes?
+
+    data: a file of JSON lines {"prompt", "answer"?}, see `foveal.tune.prompts`; None: generated `tasks` (default those of `compare`) of
+    `length` tokens. samples: prompts, or questions of each task, that the last candidates answer; default all prompts, or 24. max_drop:
+    the most of dense's score that may be lost, as a share. names: methods to try; default all that let keys go. out: the folder
+    in which what is measured is kept; the same call goes on there. progress: called with a line and the share done.
+    Ctrl-C returns what is known, marked so. Raises InputError before any work for bad values and files, for a folder that
+    holds another search, and where the dense model scores nothing.
+    """
+    check_drop(max_drop)
+    configs = [Config("dense", None, 1.0), *candidates(memory, names)]
+    if len(configs) == 1:
+        raise InputError("nothing to tune: name at least one method besides dense")
+    positions = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    if samples is not None:
+        check_count("samples", samples, 1)
+    chosen: list[Task]
+    if data is not None:
+        if tasks is not None:
+            raise InputError("give prompts or tasks, not both: prompts are the task")
+        chosen = [read_prompts(data, plain=plain, max_new_tokens=new_tokens)]
+        length, samples = positions or tokenizer.model_max_length, samples or len(chosen[0].rows())
+    else:
+        chosen = default_tasks() if tasks is None else [t if isinstance(t, Task) else parse_task(t) for t in tasks]
+        samples = samples or SAMPLES
+    check_weights(model)
+    attach(model).close()
+    asked = {t.name: t.samples(tokenizer, length, samples, seed, positions=positions) for t in chosen}
+    if not chosen or len(asked) < len(chosen):
+        raise InputError(f"expected each task once and at least one, got {', '.join(t.name for t in chosen) or 'none'}")
+    state = State(Path(out) / "measured.json", description(model, chosen, length, seed))
+    search = _Search(model, tokenizer, configs, chosen, asked, memory, max_drop, state, seed, progress)
+    return search(command, str(data or ""))
+
+
+@dataclass
+class _Search:
+    """One search under way."""
+
+    model: Any
+    tokenizer: Any
+    configs: list[Config]
+    tasks: list[Task]
+    asked: dict[str, list[Sample]]
+    memory: float
+    max_drop: float
+    state: State
+    seed: int
+    progress: Callable[[str, float], None] | None
+    prepared: dict[str, int] = field(default_factory=dict)
+    speeds: dict[Config, tuple[float, float]] = field(default_factory=dict)
+    done: float = 0.0
+
+    def __call__(self, command: str, data: str) -> Tuning:
+        start, interrupted, alive = time.perf_counter(), False, self.configs[1:]
+        self.asker = Asker(self.model, self.tokenizer)
+        rounds = self.rounds()
+        self.total = sum(work for _, _, work in rounds)
+        try:
+            with torch.no_grad():
+                before = 0
+                for n, keep, _ in rounds:
+                    self._round([self.configs[0], *alive], before, n)
+                    self._control()
+                    alive, before = self._best(alive)[:keep], n
+                self.speeds = self._speeds(alive)
+        except KeyboardInterrupt:
+            interrupted = True
+        if self.progress is not None and not interrupted:
+            self.progress("done", 1.0)
+        result = self.comparison()
+        finals = [] if interrupted else alive
+        tuning = decide(result, self._rows(), finals, self.memory, self.max_drop, self.speeds)
+        tuning.finish(self, command, data, time.perf_counter() - start, interrupted)
+        return tuning
+
+    def rounds(self) -> list[tuple[int, int, int]]:
+        """(samples of each task so far, candidates kept afterwards, answers asked for): samples double, candidates halve."""
+        most, alive, seen, plan = max(map(len, self.asked.values())), len(self.configs) - 1, 0, []
+        n = min(FIRST, most)
+        while seen < most:
+            n = most if alive <= LEAST else min(n, most)
+            keep = alive if n == most else max(LEAST, math.ceil(alive / 2))
+            plan.append((n, keep, (alive + 1) * (n - seen)))
+            seen, alive, n = n, keep, 2 * n
+        return plan
+
+    # ------------------------------------------------------------------ one round
+
+    def _round(self, configs: list[Config], before: int, n: int) -> None:
+        """Let every candidate answer the samples of each task from number `before` to `n`."""
+        for task in self.tasks:
+            at, until = self._whole(task, before), self._whole(task, n)
+            if any(self.state.waits(written(c.method), task.name, until) for c in configs):
+                self._prepare(task, until)
+            samples = self.asked[task.name][at:until]
+            if task.kind == "generate":
+                parts = [[s for _, s in chunk] for chunk in chunks([(task, s) for s in samples])]
+            else:
+                parts = [[s] for s in samples]
+            for part in parts:
+                self._part(configs, task, part, at)
+                at += len(part)
+
+    def _whole(self, task: Task, n: int) -> int:
+        """`n` samples, and those that share the last one's context: a conversation is not cut."""
+        samples = self.asked[task.name]
+        n = min(n, len(samples))
+        while 0 < n < len(samples) and samples[n].context == samples[n - 1].context:
+            n += 1
+        return n
+
+    def _prepare(self, task: Task, n: int) -> None:
+        """Fill in what only the dense model can tell about the first `n` samples."""
+        samples, ready = self.asked[task.name], self.prepared.get(task.name, 0)
+        if n > ready:
+            samples[ready:n] = task.prepare(self.model, samples[ready:n])
+            self.prepared[task.name] = n
+
+    def _part(self, configs: list[Config], task: Task, part: list[Sample], at: int) -> None:
+        """Samples number `at` and following, by every candidate that has not answered them."""
+        waiting = [c for c in configs if self.state.waits(written(c.method), task.name, at + len(part))]
+        readings = {}
+        if sum(can_replay(c.method) for c in waiting) > 1:
+            for context in dict.fromkeys(s.context for s in part):
+                readings[context] = self.asker.read(context, [c.method for c in waiting])
+        for c in configs:
+            if c in waiting:
+                if self.progress is not None:
+                    line = f"{written(c.method)}: {task.name} {at + 1} to {at + len(part)}"
+                    self.progress(line, min(0.99, self.done / self.total))
+                self._measure(c, task, part, at, readings)
+            self.done += len(part) / len(self.tasks)
+
+    def _measure(self, c: Config, task: Task, part: list[Sample], at: int, readings: dict) -> None:
+        name = written(c.method)
+        try:
+            if task.kind == "generate":
+                got = self.asker.ask(c.method, [(task, s) for s in part], readings)
+                scores, held = got.scores, list(got.held.values())
+            else:
+                (sample,) = part
+                found = self.asker.predict(c.method, sample, sample.target, readings.get(sample.context))
+                counted = task.counted(sample, found.losses)
+                scores = [math.fsum(counted) / len(counted) if counted else None]
+                held = [found.held]
+        except Exception as error:
+            if c.method is None:
+                raise
+            self.state.fail(name, task.name, explain(error))
+        else:
+            self.state.add(name, task.name, at, scores, held)
+
+    # ------------------------------------------------------------------ what is known
+
+    def comparison(self) -> Comparison:
+        """One record a candidate and task, on the samples it saw; the gains are on dense's scores of the same."""
+        records, dense = [], self.configs[0]
+        for c in self.configs:
+            for task in self.tasks:
+                cell = self.state.cell(written(c.method), task.name)
+                if cell is None:
+                    continue
+                length = max(s.length for s in self.asked[task.name])
+                r = Record(c.name, c.params, task.name, length, c.budget, better=task.better, kind=task.kind)
+                if cell.error is not None:
+                    r.status, r.error = "error", cell.error
+                elif cell.held:
+                    r.kv_bytes, r.kv_bytes_dense = cell.bytes // cell.held, cell.dense // cell.held
+                base = None if c is dense else self._found(dense, task)
+                records.append(filled(r, self._found(c, task), base, self.seed))
+        return Comparison({}, records)
+
+    def _found(self, c: Config, task: Task) -> list[tuple[Sample, float]]:
+        cell = self.state.cell(written(c.method), task.name)
+        scores = [] if cell is None else cell.scores
+        return [(s, x) for s, x in zip(self.asked[task.name], scores, strict=False) if x is not None]
+
+    def _rows(self) -> dict[Config, Row]:
+        rows = summary_rows(self.comparison().to_dict())
+        known = {(r.method, repr(r.params), repr(r.budget)): r for r in rows}
+        keyed = {c: known.get((c.name, repr(c.params), repr(c.budget))) for c in self.configs}
+        return {c: row for c, row in keyed.items() if row is not None}
+
+    def _best(self, alive: list[Config]) -> list[Config]:
+        """Those that ran, within memory first, best quality first, fewer bytes where equal."""
+        rows = self._rows()
+        ran = [c for c in alive if c in rows and rows[c].quality is not None and rows[c].kv_share is not None]
+        if not ran:
+            reasons = {p for c in alive if c in rows for p in rows[c].problems}
+            raise InputError(f"no method could be measured: {'; '.join(sorted(reasons)) or 'none ran'}; name others")
+        return sorted(ran, key=lambda c: (rows[c].kv_share > self.memory, -rows[c].quality, rows[c].kv_share))
+
+    def _control(self) -> None:
+        """Shares of dense mean nothing where dense itself scores nothing."""
+        for task in self.tasks:
+            scores = [x for _, x in self._found(self.configs[0], task)]
+            if not scores or (task.kind == "generate" and not any(scores)):
+                raise InputError(
+                    f"the dense model scores nothing on {len(scores)} samples of '{task.name}', so nothing can be compared with it: "
+                    "give prompts or tasks that it can do"
+                )
+
+    def _speeds(self, alive: list[Config]) -> dict[Config, tuple[float, float]]:
+        """Seconds of reading and decode steps a second, one sequence alone, of dense and the last candidates on one text."""
+        sample = max((s for samples in self.asked.values() for s in samples), key=lambda s: len(s.context))
+        filler = sample.question + sample.context[:16]  # any tokens tell the pace
+        out = {}
+        for c in (self.configs[0], *alive):
+            got = self.asker.predict(c.method, sample, filler)
+            steps = sorted(got.steps_s[1:])
+            out[c] = got.prefill_s, 1 / steps[len(steps) // 2]
+        return out
+
+
+__all__ = ["Tuning", "candidates", "tune"]
