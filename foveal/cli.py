@@ -129,15 +129,21 @@ def tune(
     memory: Annotated[float, typer.Option(help="The most bytes, as a share of the dense cache's.")] = 0.25,
     max_drop: Annotated[float, typer.Option(help="The most that may be lost, as a share of dense's score.")] = 0.02,
     methods: Annotated[str | None, typer.Option(help="Methods to try; default: all that let keys go.")] = None,
-    tasks: Annotated[str | None, typer.Option(help="Generated tasks where there are no prompts, as for compare.")] = None,
+    tasks: Annotated[
+        str | None, typer.Option(help="Generated tasks where there are no prompts, as for compare.")
+    ] = None,
     length: Annotated[int, typer.Option(help="Tokens of generated texts.")] = 1024,
-    samples: Annotated[int | None, typer.Option(help="Prompts, or questions per task; default: all prompts, or 24.")] = None,
+    samples: Annotated[
+        int | None, typer.Option(help="Prompts, or questions per task; default: all prompts, or 24.")
+    ] = None,
     tokens: Annotated[int, typer.Option(help="Tokens answered, or compared with dense, after each prompt.")] = 64,
-    plain: Annotated[bool, typer.Option("--plain", help="Give prompts as they are, without the chat template.")] = False,
+    plain: Annotated[
+        bool, typer.Option("--plain", help="Give prompts as they are, without the chat template.")
+    ] = False,
     seed: Annotated[int, typer.Option(help="Which prompts come first, which texts.")] = 0,
-    out: Annotated[Path, typer.Option(help="Folder for foveal.toml and the report; a stopped search goes on there.")] = Path(
-        "foveal-tune"
-    ),
+    out: Annotated[
+        Path, typer.Option(help="Folder for foveal.toml and the report; a stopped search goes on there.")
+    ] = Path("foveal-tune"),
     device: Device = None,
     dtype: Dtype = None,
 ) -> None:
@@ -182,7 +188,11 @@ def tune(
     console.print(found.sentence, highlight=False, markup=False)
     if found.interrupted:
         raise typer.Exit(130)
-    files = [out / "report.html"] if found.profile is None else [found.profile.save(out / "foveal.toml"), out / "report.html"]
+    files = (
+        [out / "report.html"]
+        if found.profile is None
+        else [found.profile.save(out / "foveal.toml"), out / "report.html"]
+    )
     console.print(f"wrote {' and '.join(map(str, files))}", highlight=False, markup=False, soft_wrap=True)
     if found.profile is None:
         raise typer.Exit(1)
@@ -197,7 +207,8 @@ def generate(
     ] = None,
     budget: Annotated[str | None, typer.Option(help="Share of the tokens seen (0.25) or token count (512).")] = None,
     profile: Annotated[
-        Path | None, typer.Option(help="A foveal.toml that `foveal tune` wrote: its method, and its model unless --model.")
+        Path | None,
+        typer.Option(help="A foveal.toml that `foveal tune` wrote: its method, and its model unless --model."),
     ] = None,
     tokens: Annotated[int, typer.Option(help="Most tokens to generate.")] = 128,
     plain: Annotated[
@@ -318,6 +329,54 @@ def heads(
 
 
 @app.command()
+def look(
+    model: Model = None,
+    text: Annotated[Path | None, typer.Option(help="Text file to read; '-' reads standard input.")] = None,
+    prompt: Annotated[str | None, typer.Option(help="The text itself, in place of --text.")] = None,
+    lens: Annotated[
+        str | None, typer.Option(help="Comma-separated names of lenses; default: all that suit the text.")
+    ] = None,
+    length: Annotated[int | None, typer.Option(help="Read at most so many tokens of the text.")] = None,
+    out: Annotated[Path, typer.Option(help="Where to write what was measured, with the numbers beside it.")] = Path(
+        "lens.json"
+    ),
+    device: Device = None,
+    dtype: Dtype = None,
+) -> None:
+    """What does attention do on a text: sinks, distances, head roles and the residual stream behind them, in one pass."""
+    from .lens import look as run
+    from .lens.lens import choose
+    from .tasks.task import encode
+
+    if (text is None) == (prompt is None):
+        raise InputError("name one text to look at: a file with --text FILE, or the text itself with --prompt")
+    if length is not None and length < 1:
+        raise InputError(f"--length {length}: ask for at least one token")
+    chosen = _split(lens, "lens") or None
+    choose(chosen)  # a bad name is told before the model is loaded
+    _check_writable(out, "--out")
+    words = _read(text) if prompt is None else prompt
+    if not words.strip():
+        raise InputError("the text is empty: give at least one word")
+    network, tokenizer = _load(model, device, dtype)
+    ids = encode(tokenizer, words, special=True)[:length]
+    with _progress() as progress:
+        bar = progress.add_task("reading", total=1.0)
+        found = run(
+            network,
+            tokenizer,
+            ids,
+            chosen,
+            progress=lambda line, share: progress.update(bar, description=line, completed=share),
+        )
+    console.print(found)
+    written = found.save(out)
+    console.print(
+        f"wrote {written} and {written.with_suffix('.safetensors')}", highlight=False, markup=False, soft_wrap=True
+    )
+
+
+@app.command()
 def verify(
     names: Annotated[list[str] | None, typer.Argument(help="Methods whose claims to re-check.")] = None,
     every: Annotated[bool, typer.Option("--all", help="The claims of all methods.")] = False,
@@ -404,6 +463,12 @@ def _split(text: str | None, name: str) -> list[str]:
     if not parts:
         raise InputError(f"--{name} is empty: give at least one value")
     return parts
+
+
+def _read(file: Path) -> str:
+    if str(file) == "-":
+        return sys.stdin.buffer.read().decode(errors="replace")
+    return file.read_bytes().decode(errors="replace")
 
 
 def _budget(text: str, option: str) -> float | int:

@@ -54,14 +54,14 @@ def render(results: dict) -> str:
     data = {
         "meta": meta,
         "answer": meta["answer"] if isinstance(meta.get("answer"), str) else headline(results),
-        "views": {"all": [_plain_row(row) for row in summary_rows(results)]},
+        "views": {"all": _plain_rows(summary_rows(results))},
         "limits": meta.get("limits") if isinstance(meta.get("limits"), dict) else {},
         "lengths": lengths,
         "grids": _grids(results),
         "markdown": markdown_table(results),
     }
     if len(lengths) > 1:
-        data["views"] |= {str(n): [_plain_row(row) for row in summary_rows(results, n)] for n in lengths}
+        data["views"] |= {str(n): _plain_rows(summary_rows(results, n)) for n in lengths}
     scripts = [_static("echarts.min.js"), _static("report.js")]
     hashes = " ".join(f"'sha256-{_sha256(script)}'" for script in scripts)
     parts = {
@@ -136,8 +136,9 @@ def _kept(row: Row) -> str:
     return f"{percent(row.quality)} (95% interval {percent(row.quality_low)} to {percent(row.quality_high)})"
 
 
-def _plain_row(row: Row) -> dict:
-    return asdict(row) | {"complete": row.complete}
+def _plain_rows(rows: list[Row]) -> list[dict]:
+    best = {id(row) for row in front(rows)}
+    return [asdict(row) | {"complete": row.complete, "front": id(row) in best} for row in rows]
 
 
 def _grids(results: dict) -> list[dict]:

@@ -2,7 +2,6 @@
 
 import sys
 import tempfile
-from pathlib import Path
 
 from ..errors import FovealError
 from . import write_tasks
@@ -43,4 +42,4 @@ if __name__ == "__main__":
     try:
         main(sys.argv[1:])
     except FovealError as error:
-        sys.exit(f"{Path(sys.argv[0]).parent.name}: {error}")
+        sys.exit(f"foveal: {error}")

@@ -49,8 +49,8 @@ class HeadRanking:
 
     def above(self, threshold: float) -> Pairs:
         """All heads with a score of at least `threshold` (at most, where ascending), best first."""
-        sign = -1 if self.ascending else 1
-        return tuple(p for p in self._order() if sign * float(self.score[p]) >= sign * threshold)
+        good = self.score <= threshold if self.ascending else self.score >= threshold
+        return tuple(p for p in self._order() if good[p])
 
     def control(self, n: int, seed: int, *, per_layer: bool = False) -> Pairs:
         """As many random heads outside the top `n`; per_layer: as many in each layer as the top has there.

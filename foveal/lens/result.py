@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from rich.markup import escape
 from rich.table import Table
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
 
 _FORMAT = "foveal lens 1"
 HEADS = ("layer", "head")
+_SUMMARY = ((), ("layer",), ("layer", "kv_head"), HEADS)
 
 
 @dataclass(frozen=True, eq=False)
@@ -47,7 +49,7 @@ class Measure:
     @staticmethod
     def of(name: str, value: Tensor | float, axes: tuple[str, ...], unit: str, meaning: str) -> Measure:
         """With the value on the CPU, float32 or int64."""
-        value = torch.as_tensor(value).detach().cpu()
+        value = torch.as_tensor(value).detach().cpu().clone()  # a slice of another measure would be stored with it
         return Measure(name, value.float() if value.is_floating_point() else value.long(), axes, unit, meaning)
 
     def __float__(self) -> float:
@@ -55,7 +57,7 @@ class Measure:
 
     def to_pandas(self) -> pandas.DataFrame:
         """One row for each number, its place on every axis in a column of its own. Needs pandas."""
-        places = torch.cartesian_prod(*map(torch.arange, self.value.shape)).view(-1, self.value.ndim).mT.tolist()
+        places = torch.ones(self.value.shape).nonzero().mT.tolist()
         columns = dict(zip(self.axes, places, strict=True)) if self.axes else {}
         return _pandas().DataFrame(columns | {self.name: self.value.flatten().tolist()})
 
@@ -155,16 +157,21 @@ class Look:
     # ------------------------------------------------------------------ terminal
 
     def __rich__(self) -> Table:
-        """A line for each measure: its mean, and where it is largest."""
+        """A line for each number and each measure of layers or heads: its mean, and where it is largest."""
         name = self.identity["name"] or self.identity["architecture"]
-        table = Table(box=None, pad_edge=False, header_style="bold", title_justify="left")
-        table.title = f"{name}, {len(self.tokens):,} tokens"
+        shown = [m for m in self if m.axes in _SUMMARY]
+        others = ", ".join(m.name for m in self if m.axes not in _SUMMARY)
+        skipped = "".join(f"\n{name} left out: {why}" for name, why in self.source.get("left_out", {}).items())
+        table = Table(box=None, pad_edge=False, header_style="bold", title_justify="left", caption_justify="left")
+        table.title = escape(f"{name}, {len(self.tokens):,} tokens")
+        table.caption = escape(f"also measured: {others}{skipped}") if others or skipped else None
         table.add_column("measure", no_wrap=True)
         table.add_column("mean", justify="right", no_wrap=True)
         table.add_column("largest at", overflow="fold")
-        table.add_column("meaning", overflow="fold", style="dim")
-        for m in self:
-            table.add_row(m.name, *_brief(m), f"{m.meaning} [{m.unit}]".replace("[", r"\["))
+        table.add_column("meaning, unit", overflow="fold", style="dim")
+        for m, following in zip(shown, [*shown[1:], None], strict=True):
+            ends = following is not None and following.name.partition(".")[0] != m.name.partition(".")[0]
+            table.add_row(m.name, *_brief(m), escape(f"{m.meaning}; {m.unit}"), end_section=ends)
         return table
 
 

@@ -115,9 +115,7 @@ def decide(
         return Tuning(sentence, best, rows[best], comparison, limits)
     near = finals[0]
     sentence = f"Nothing tried keeps {percent(1 - max_drop)} of dense in {percent(memory)} of the cache; {_nearest(near, rows, memory)}"
-    least = [
-        c for c, r in rows.items() if c.method is not None and r.quality is not None and r.quality >= 1 - max_drop
-    ]
+    least = [c for c, r in rows.items() if c.method is not None and r.quality is not None and r.quality >= 1 - max_drop]
     least = [c for c in least if rows[c].kv_share is not None]
     if least:
         c = min(least, key=lambda c: rows[c].kv_share)
@@ -130,7 +128,8 @@ def decide(
 def _praise(c: Config, row: Row, max_drop: float, speed, dense) -> str:
     text = f"Use {written(c.method)}: it keeps {_kept(row)} of dense in {percent(row.kv_share)} of its cache"
     if speed and dense:
-        text += f", reads the prompt in {number(speed[0] / dense[0])} times dense's time and decodes at {number(speed[1] / dense[1])} times its speed"
+        text += f", reads the prompt in {number(speed[0] / dense[0])} times dense's time"
+        text += f" and decodes at {number(speed[1] / dense[1])} times its speed"
     if row.quality_low is None:
         return f"{text}; one sample says nothing about how sure that is."
     if row.quality_low >= 1 - max_drop:

@@ -125,7 +125,7 @@ def read_prompts(data: str | Path, *, plain: bool = False, max_new_tokens: int =
     """
     path = Path(data).expanduser()
     options = {"data": path, "plain": plain, "max_new_tokens": max_new_tokens}
-    rows = Prompts(**options).rows()
+    rows = Continued(**options).rows()
     without = [row[""] for row in rows if "answer" not in row]
     if len(without) == len(rows):
         return Continued(**options)

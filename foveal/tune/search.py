@@ -62,7 +62,9 @@ def candidates(memory: float, names: Sequence[str | Method] | None = None) -> li
 def check_memory(memory: float) -> None:
     """Raise unless it is a share of dense's bytes."""
     if isinstance(memory, bool) or not isinstance(memory, int | float) or not 0 < memory <= 1:
-        raise InputError(f"memory = {memory!r}: expected a share of the dense cache's bytes, above 0 and up to 1, like 0.25")
+        raise InputError(
+            f"memory = {memory!r}: expected a share of the dense cache's bytes, above 0 and up to 1, like 0.25"
+        )
 
 
 def check_drop(drop: float) -> None:
@@ -153,7 +155,7 @@ class _Search:
                 for n, keep, _ in rounds:
                     self._round([self.configs[0], *alive], before, n)
                     self._control()
-                    alive, before = self._best(alive)[:keep], n
+                    alive, before = self._best(alive, n)[:keep], n
                 self.speeds = self._speeds(alive)
         except KeyboardInterrupt:
             interrupted = True
@@ -228,7 +230,7 @@ class _Search:
         try:
             if task.kind == "generate":
                 got = self.asker.ask(c.method, [(task, s) for s in part], readings)
-                scores, held = got.scores, list(got.held.values())
+                scores, held = got.scores, [got.held[s.context] for s in part]
             else:
                 (sample,) = part
                 found = self.asker.predict(c.method, sample, sample.target, readings.get(sample.context))
@@ -244,8 +246,8 @@ class _Search:
 
     # ------------------------------------------------------------------ what is known
 
-    def comparison(self) -> Comparison:
-        """One record a candidate and task, on the samples it saw; the gains are on dense's scores of the same."""
+    def comparison(self, n: int | None = None) -> Comparison:
+        """One record a candidate and task, on the (first `n`) samples it saw; the gains are on dense's scores of the same."""
         records, dense = [], self.configs[0]
         for c in self.configs:
             for task in self.tasks:
@@ -256,26 +258,30 @@ class _Search:
                 r = Record(c.name, c.params, task.name, length, c.budget, better=task.better, kind=task.kind)
                 if cell.error is not None:
                     r.status, r.error = "error", cell.error
-                elif cell.held:
-                    r.kv_bytes, r.kv_bytes_dense = cell.bytes // cell.held, cell.dense // cell.held
-                base = None if c is dense else self._found(dense, task)
-                records.append(filled(r, self._found(c, task), base, self.seed))
+                elif held := cell.held[: None if n is None else self._whole(task, n)]:
+                    r.kv_bytes, r.kv_bytes_dense = (sum(sizes) // len(held) for sizes in zip(*held, strict=True))
+                base = None if c is dense else self._found(dense, task, n)
+                records.append(filled(r, self._found(c, task, n), base, self.seed))
         return Comparison({}, records)
 
-    def _found(self, c: Config, task: Task) -> list[tuple[Sample, float]]:
+    def _found(self, c: Config, task: Task, n: int | None = None) -> list[tuple[Sample, float]]:
         cell = self.state.cell(written(c.method), task.name)
         scores = [] if cell is None else cell.scores
-        return [(s, x) for s, x in zip(self.asked[task.name], scores, strict=False) if x is not None]
+        samples = self.asked[task.name][: None if n is None else self._whole(task, n)]
+        return [(s, x) for s, x in zip(samples, scores, strict=False) if x is not None]
 
-    def _rows(self) -> dict[Config, Row]:
-        rows = summary_rows(self.comparison().to_dict())
+    def _rows(self, n: int | None = None) -> dict[Config, Row]:
+        rows = summary_rows(self.comparison(n).to_dict())
         known = {(r.method, repr(r.params), repr(r.budget)): r for r in rows}
         keyed = {c: known.get((c.name, repr(c.params), repr(c.budget))) for c in self.configs}
         return {c: row for c, row in keyed.items() if row is not None}
 
-    def _best(self, alive: list[Config]) -> list[Config]:
-        """Those that ran, within memory first, best quality first, fewer bytes where equal."""
-        rows = self._rows()
+    def _best(self, alive: list[Config], n: int) -> list[Config]:
+        """Those that ran, within memory first, best quality on the first `n` samples first, fewer bytes where equal.
+
+        What a search that was stopped knows of later samples changes nothing, so that it goes the same way again.
+        """
+        rows = self._rows(n)
         ran = [c for c in alive if c in rows and rows[c].quality is not None and rows[c].kv_share is not None]
         if not ran:
             reasons = {p for c in alive if c in rows for p in rows[c].problems}

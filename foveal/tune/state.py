@@ -15,12 +15,10 @@ FORMAT = "foveal tuning 1"
 
 @dataclass
 class Cell:
-    """One candidate on one task: a score for each sample so far (None: nothing in it counts); bytes summed over `held` contexts."""
+    """One candidate on one task: for each sample so far its score (None: nothing in it counts) and its context's (bytes, dense bytes)."""
 
     scores: list[float | None] = field(default_factory=list)
-    held: int = 0
-    bytes: int = 0
-    dense: int = 0
+    held: list[Sequence[int]] = field(default_factory=list)
     error: str | None = None
 
 
@@ -58,13 +56,12 @@ class State:
         cell = self.cell(name, task)
         return cell is None or (cell.error is None and len(cell.scores) < until)
 
-    def add(self, name: str, task: str, at: int, scores: Sequence[float | None], held: Sequence[tuple[int, int]]) -> None:
-        """Scores of samples number `at` and following, and (bytes, dense bytes) of their contexts; written at once."""
+    def add(
+        self, name: str, task: str, at: int, scores: Sequence[float | None], held: Sequence[tuple[int, int]]
+    ) -> None:
+        """Scores and (bytes, dense bytes) of samples number `at` and following; written at once."""
         cell = self.cells.setdefault(name, {}).setdefault(task, Cell())
-        del cell.scores[at:]
-        cell.scores += scores
-        for mine, dense in held:
-            cell.held, cell.bytes, cell.dense = cell.held + 1, cell.bytes + mine, cell.dense + dense
+        cell.scores[at:], cell.held[at:] = scores, held
         self.save()
 
     def fail(self, name: str, task: str, error: str) -> None:

@@ -154,6 +154,16 @@ def test_likelihoods_under_a_method_are_those_of_decoding_by_hand(lm, method, ba
     assert abs(dense[2][0] - got[2][0]) > 1e-2  # the method has its effect
 
 
+def test_layers_with_a_window_of_their_own(folder):
+    """Texts of different lengths cannot share a batch there: they are continued alone, to the same numbers."""
+    model = tiny("gemma2", fresh=True, vocab_size=257, max_position_embeddings=600)
+    under = FovealLM(model, method="h2o(budget=0.3)", tokenizer=folder, batch_size=4)
+    asked = requests()
+    got = under._loglikelihood_tokens([(None, a, b) for a, b in asked], disable_tqdm=True)
+    want = [by_hand(under, "h2o(budget=0.3)", a, b) for a, b in asked]
+    assert [p for p, _ in got] == pytest.approx([p for p, _ in want], abs=1e-3)
+
+
 def test_a_greedy_continuation_is_told_from_another(lm):
     under = lm(method="h2o(budget=0.3)", batch_size=4)
     context, greedy = requests()[0][0], []

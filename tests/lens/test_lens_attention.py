@@ -56,7 +56,9 @@ def test_profile(seen, whole):
     d, edges = distances(whole.n), seen["profile.distance_from"].tolist()
     low, high = torch.tensor(edges), torch.tensor([*edges[1:], whole.n])
     bins = whole.table(
-        lambda w: torch.stack([(w * ((d >= a) & (d < b))).sum((1, 2)) / whole.n for a, b in zip(low, high, strict=True)], 1)
+        lambda w: torch.stack(
+            [(w * ((d >= a) & (d < b))).sum((1, 2)) / whole.n for a, b in zip(low, high, strict=True)], 1
+        )
     )
     close(seen["profile.distance"], bins)
 
@@ -140,7 +142,7 @@ def test_sentences_end_where_a_reader_would_end_them():
     words = ["He", " said", ' "', "Go", '!"', " Then", " 3", ".", "5", " came", ".", "\n\n", "Part", " two", "\n"]
     text = ["".join(words[b:e]).strip() for b, e in sentences(words)]
     assert [t for t in text if t] == ['He said "Go!"', "Then 3.5 came.", "Part two"]
-    assert [e - b for b, e in sentences(list("好。是吗？对"))] == [2, 3, 1]
+    assert [e - b for b, e in sentences(list("好。是吗\uff1f对"))] == [2, 3, 1]
 
 
 def test_lenses_that_do_not_suit_are_refused_by_name_and_left_out_otherwise(tokenizer):

@@ -1,5 +1,6 @@
 """`look` as a whole: results as objects, files, tables; what it refuses; a model as it was found."""
 
+import io
 import json
 import sys
 import types
@@ -146,7 +147,7 @@ def test_without_pandas_it_says_what_to_install(seen, monkeypatch):
 
 
 def test_the_summary_names_the_strongest_heads(seen):
-    console = Console(width=160, record=True, file=open("/dev/null", "w"))  # noqa: SIM115
+    console = Console(width=160, record=True, file=io.StringIO())
     console.print(seen)
     text = console.export_text()
     x = seen["sinks.first"]
@@ -208,7 +209,7 @@ def test_bad_parameters(model, tokenizer):
     for make in (lambda: Sinks(threshold=2), lambda: Sinks(top=0), lambda: look(model, tokenizer, TEXT, chunk=1)):
         with pytest.raises(InputError):
             make()
-    with pytest.raises(InputError, match="no measure 'sinks.frist': did you mean 'sinks.first'"):
+    with pytest.raises(InputError, match=r"no measure 'sinks\.frist': did you mean 'sinks\.first'"):
         look(model, tokenizer, TEXT, "sinks")["sinks.frist"]
     with pytest.raises(InputError, match="axes"):
         Measure.of("x", torch.zeros(2), (), "1", "")

@@ -18,7 +18,15 @@ SCORES = torch.tensor([[0.1, 0.9, 0.1], [0.0, 0.0, 0.0], [0.5, 0.9, 0.2]])
 
 
 def ranking(scores=SCORES, ascending=False, weights="a"):
-    names = {"name": "m", "architecture": "A", "layers": 3, "heads": 3, "kv_heads": 3, "head_dim": 4, "weights": weights}
+    names = {
+        "name": "m",
+        "architecture": "A",
+        "layers": 3,
+        "heads": 3,
+        "kv_heads": 3,
+        "head_dim": 4,
+        "weights": weights,
+    }
     return HeadRanking(HeadRoles(names, {"s": scores}, measured=(0, 2)), "s", ascending)
 
 
@@ -65,7 +73,9 @@ def test_a_look_and_known_roles_are_ranked(tmp_path, monkeypatch):
     assert "retrieval" not in found
     scores = torch.arange(18.0).view(3, 6)
     for kind, name in (("heads", "retrieval"), ("compress_kv", "semantic")):
-        HeadRoles(model_identity(model), {name: scores}).save(tmp_path / kind / f"{model_identity(model)['weights']}.json")
+        HeadRoles(model_identity(model), {name: scores}).save(
+            tmp_path / kind / f"{model_identity(model)['weights']}.json"
+        )
     found = rankings(model)
     assert found["retrieval"].top(1) == found["semantic"].top(1) == ((2, 5),)
     with pytest.raises(InputError, match="measured on"):

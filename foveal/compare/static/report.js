@@ -213,6 +213,13 @@
         label: { show: true, formatter: () => "dense", position: "top", color: ink.text, fontSize: 12, textBorderColor: ink.card, textBorderWidth: 3 },
         markLine: { silent: true, symbol: "none", label: { show: false }, lineStyle: { color: ink.soft, type: [4, 4], width: 1 }, data: [{ yAxis: dense[0].value[1] }] } });
     }
+    if (byShare && state.share === "kv" && state.task === null) {
+      const best = points(rows().filter((r) => r.front)).sort((a, b) => a.value[0] - b.value[0]).map((p) => p.value);
+      const limits = [has(data.limits.memory) ? { xAxis: data.limits.memory } : null, has(data.limits.max_drop) ? { yAxis: 1 - data.limits.max_drop } : null];
+      out.push({ name: "Pareto front", type: "line", silent: true, showSymbol: false, z: 1, color: ink.text, data: best, tooltip: { show: false },
+        lineStyle: { width: 7, opacity: 0.13 }, label: { show: false },
+        markLine: { silent: true, symbol: "none", label: { show: false }, lineStyle: { color: ink.text, type: [2, 3], width: 1 }, data: limits.filter(Boolean) } });
+    }
     const axis = { axisLabel: { color: ink.soft, fontSize: 12 }, axisLine: { lineStyle: { color: ink.line } }, axisTick: { show: false },
       splitLine: { lineStyle: { color: ink.line } }, nameTextStyle: { color: ink.soft, fontSize: 12 } };
     const inverse = state.task !== null && better(state.task) === "lower";

@@ -1,0 +1,101 @@
+"""Pages: what only they can do. That they agree with length classes is checked in test_store.py and test_identities.py."""
+
+import pytest
+import torch
+from models import tiny
+
+import foveal
+from foveal import ops
+from foveal.edits import Keep
+from foveal.errors import InputError
+from foveal.ops.ragged import Logit
+from foveal.store import LayerStore, Layout
+
+PAGES = Layout(paged=True)
+
+
+def filled(length, heads=8, dim=128, layout=PAGES, dtype=torch.bfloat16) -> LayerStore:
+    store = LayerStore(None, layout)
+    key, value = torch.randn(2, 1, heads, length, dim).to(dtype)
+    store.append(key, value, 0)
+    return store
+
+
+@pytest.mark.parametrize(("share", "times"), [(0.25, 3.8), (0.1, 9.0)])
+def test_how_many_more_prompts_of_32k_fit(share, times):
+    """Resident bytes after some decoding, room to grow included, against dense keys and values."""
+    tokens = 32_768
+    store = filled(int(share * tokens))
+    store.apply(Keep(mask=store.token < int(share * tokens) - 1))
+    for i in range(8):
+        new = torch.zeros(1, 8, 1, 128, dtype=torch.bfloat16)
+        store.append(new, new, tokens + i)
+    assert tokens * 8 * 2 * 128 * 2 / store.nbytes >= times
+
+
+def test_a_head_with_few_keys_takes_few_pages():
+    store = filled(4096)
+    few = torch.tensor([4096, 4096, 64, 64, 64, 64, 64, 64]).view(1, 8, 1)
+    store.apply(Keep(mask=store.token < few))
+    rows = store.classes[0]
+    assert rows.pool.key.shape[0] == 2 * 128 + 6 * 2
+    assert store.len.tolist() == [few.flatten().tolist()]
+
+
+def test_pages_that_became_free_are_used_before_memory_grows():
+    store = filled(64, heads=2, dim=8)
+    for step in range(200):  # one in, one out
+        new = torch.randn(1, 2, 1, 8).bfloat16()
+        store.append(new, new, 64 + step)
+        store.apply(Keep(drop=store.token.argmin(-1), optional=True))
+    assert store.len.tolist() == [[64, 64]]
+    assert store.classes[0].pool.key.shape[0] <= 2 * 2 + 2 * 4  # what it started with, and one growth
+
+
+@pytest.mark.parametrize(("format", "error", "share"), [("fp8", 0.04, 0.54), ("int8", 0.01, 0.54), ("int4", 0.1, 0.34)])
+@pytest.mark.parametrize(
+    "method", [None, "h2o(budget=0.5)", "streaming-llm(budget=40)"]
+)
+def test_codes_go_with_any_method(format, error, share, method):
+    model = tiny("llama", head_dim=64)
+    ids = torch.randint(1, 120, (2, 110), generator=torch.Generator().manual_seed(2))
+
+    def run(layout):
+        with torch.no_grad(), foveal.attach(model, method, layout=layout):
+            cache = model(ids[:, :100]).past_key_values
+            logits = [model(ids[:, i : i + 1], past_key_values=cache).logits for i in range(100, 110)]
+        rows = cache.rows[0].classes[0].pool
+        return torch.cat(logits, 1), sum(x.nbytes for x in ops.pages.pools(rows))
+
+    (plain, bytes_), (coded, fewer) = run(PAGES), run(Layout(format=format))
+    assert 0 < (coded - plain).norm() / plain.norm() < error
+    assert fewer < share / 2 * bytes_  # the tiny model computes in 32 bits
+
+
+def test_layouts_that_cannot_be_are_refused():
+    model = tiny("llama")
+    with pytest.raises(InputError, match="no storage format 'int3'"):
+        foveal.attach(model, layout=Layout(format="int3"))
+    with pytest.raises(InputError, match="stored in pages"):
+        foveal.attach(model, layout=Layout(paged=False, format="int8"))
+
+
+def test_bad_arguments_of_ragged_attention_are_named():
+    pages = filled(40, heads=2, dim=16, dtype=torch.float32).classes[0].view
+    q = torch.randn(2, 3, 16)
+    with pytest.raises(InputError, match="expected q"):
+        ops.attend_ragged(q[:, :, :8], pages, Logit(1.0))
+    with pytest.raises(InputError, match="expected extra"):
+        ops.attend_ragged(q, pages, Logit(1.0), extra=torch.zeros(2, 3, 7))
+    with pytest.raises(InputError, match="last >= 1"):
+        ops.attend_ragged(q, pages, Logit(1.0), window=(4, 0))
+    with pytest.raises(InputError, match="want = 'all'"):
+        ops.attend_ragged(q, pages, Logit(1.0), want="all")
+
+
+def test_which_says_what_runs_and_why():
+    pages = filled(40, heads=2, dim=16, dtype=torch.float32).classes[0].view
+    route = ops.which("attend_ragged", torch.randn(2, 3, 16), pages, Logit(1.0))
+    assert route.name == "torch" and "cpu" in route.why
+    with pytest.raises(InputError, match="attend_blocks"):
+        ops.which("attend_block")
