@@ -95,7 +95,7 @@ def score(doc: dict[str, Any], results: list[str]) -> dict[str, float]:
     sample = Sample(
         context=(),
         question=(),
-        target=doc["targets"][0],
+        target=tuple(doc["targets"]) if doc["several"] else doc["targets"][0],
         length=doc["length"],
         depth=doc["depth"],
         index=doc["index"],

@@ -109,8 +109,9 @@ class Ablate(Method):
         if self.mode not in ("uniform", "zero"):
             raise InputError(f"mode = {self.mode!r}: expected 'uniform' or 'zero'")
 
-    def setup(self, model) -> dict[int, list[int]]:
-        return _by_layer("ablate", self.heads, model)
+    def setup(self, model) -> dict[int, Tensor]:
+        chosen = _by_layer("ablate", self.heads, model)
+        return {layer: torch.tensor(heads, device=model.model.device) for layer, heads in chosen.items()}
 
     def where(self, model) -> tuple[int, ...]:
         return tuple({layer for layer, _ in self.heads})
