@@ -109,7 +109,9 @@ def attach(
     if layout is not None:
         check_format(layout.format)
         if layout.format is not None and layout.paged is False:
-            raise InputError(f"format '{layout.format}' is stored in pages: leave `paged` out of the layout or set it to True")
+            raise InputError(
+                f"format '{layout.format}' is stored in pages: leave `paged` out of the layout or set it to True"
+            )
     decoder = model.get_decoder()
     if decoder in _ATTACHED:
         raise FovealError("this model is attached already: detach it first, or compose methods with `a | b`")
@@ -185,6 +187,7 @@ class Session:
     # ------------------------------------------------------------------ around a forward pass
 
     def _enter(self, decoder: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
+        self._forget_interrupted()
         names = ("input_ids", "attention_mask", "position_ids", "past_key_values", "inputs_embeds")
         kwargs = {**dict(zip(names, args, strict=False)), **kwargs}
         if decoder.training and any(getattr(m, "gradient_checkpointing", False) for m in decoder.modules()):
@@ -206,6 +209,14 @@ class Session:
             for i, m in enumerate(iterate(self.method)):
                 sub.key[i] = m.begin(sub)
         return (), kwargs
+
+    def _forget_interrupted(self) -> None:
+        """Ctrl-C passes by the hook that ends a forward pass."""
+        pass_ = ACTIVE.get()
+        if pass_ is not None and pass_.session is self:
+            pass_.store.owner = None
+            ACTIVE.set(None)
+            self._tokens.clear()
 
     def _leave(self, decoder: nn.Module, args: tuple, output: Any) -> Any:
         pass_ = ACTIVE.get()
@@ -318,6 +329,7 @@ class Session:
         """Leave the model as it was found."""
         if _ATTACHED.get(self.decoder) is not self:
             return
+        self._forget_interrupted()
         for hook in self._hooks:
             hook.remove()
         if self.graphs is not None:

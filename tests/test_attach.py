@@ -22,7 +22,9 @@ def text(*shape: int, seed: int = 0) -> torch.Tensor:
 
 
 def is_stock(model) -> bool:
-    hooks = any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
+    # transformers leaves hooks of its own on a model once somebody has asked it for attention weights
+    ours = (h for m in model.modules() for h in (*m._forward_hooks.values(), *m._forward_pre_hooks.values()))
+    hooks = any((getattr(h, "__module__", None) or "").startswith("foveal") for h in ours)
     return model.config._attn_implementation in ("sdpa", "eager") and not hooks and ACTIVE.get() is None
 
 
@@ -74,6 +76,26 @@ def test_the_models_own_implementation_comes_back():
     with foveal.attach(model):
         assert model.config._attn_implementation == "foveal"
     assert model.config._attn_implementation == "eager"
+
+
+@pytest.mark.parametrize("leave", [True, False])
+def test_an_interrupted_pass_leaves_nothing_behind(leave):
+    model = tiny("llama", fresh=True)
+    ids = torch.randint(1, 100, (1, 12))
+
+    def stop(*_):
+        raise KeyboardInterrupt
+
+    with foveal.attach(model) as session:
+        handle = model.model.layers[1].register_forward_pre_hook(stop)
+        with pytest.raises(KeyboardInterrupt):
+            model(ids)
+        handle.remove()
+        if not leave:
+            with pytest.raises(InputError, match="failed half-way"):
+                model(ids, past_key_values=session.store)
+            assert model(ids).past_key_values.counts == [12]
+    assert is_stock(model) and ACTIVE.get() is None
 
 
 def test_a_model_is_attached_once():

@@ -53,9 +53,7 @@ def test_pages_that_became_free_are_used_before_memory_grows():
 
 
 @pytest.mark.parametrize(("format", "error", "share"), [("fp8", 0.04, 0.54), ("int8", 0.01, 0.54), ("int4", 0.1, 0.34)])
-@pytest.mark.parametrize(
-    "method", [None, "h2o(budget=0.5)", "streaming-llm(budget=40)"]
-)
+@pytest.mark.parametrize("method", [None, "h2o(budget=0.5)", "streaming-llm(budget=40)"])
 def test_codes_go_with_any_method(format, error, share, method):
     model = tiny("llama", head_dim=64)
     ids = torch.randint(1, 120, (2, 110), generator=torch.Generator().manual_seed(2))

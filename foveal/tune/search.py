@@ -301,7 +301,7 @@ class _Search:
     def _speeds(self, alive: list[Config]) -> dict[Config, tuple[float, float]]:
         """Seconds of reading and decode steps a second, one sequence alone, of dense and the last candidates on one text."""
         sample = max((s for samples in self.asked.values() for s in samples), key=lambda s: len(s.context))
-        filler = sample.question + sample.context[:16]  # any tokens tell the pace
+        filler = sample.context[:16]  # any tokens tell the pace
         out = {}
         for c in (self.configs[0], *alive):
             got = self.asker.predict(c.method, sample, filler)
