@@ -143,7 +143,7 @@ class Graphs:
         for layer in pass_.store.layers:
             layer.columns += 1
         for c in g.rows:
-            c.advance(1)
+            c.advance(1, seen=False)
         pass_.read, pass_.held = g.read, g.held
         fields = {k: x.clone() if isinstance(x, Tensor) else x for k, x in g.output.items()}
         if "past_key_values" in fields:

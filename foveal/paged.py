@@ -181,12 +181,11 @@ class PagedRows(Rows):
         for page in self.pages:
             self._touch(*page, (self.pool.length.long() - 1) // page[1])
 
-    def advance(self, steps: int) -> None:
-        """What the host may note of keys that were appended, here or by a captured graph."""
+    def advance(self, steps: int, seen: bool = True) -> None:
+        """What the host may note of keys that were appended. Not `seen`: by a captured graph, which may have dropped others too."""
         self._bound += steps
         self.assured -= steps
-        if self.host is not None:
-            self.host = [n + steps for n in self.host]
+        self.host = [n + steps for n in self.host] if seen and self.host is not None else None
 
     def _append_many(self, key: Tensor, value: Tensor, ids: Tensor) -> None:
         lengths, extra = self.lengths(), key.shape[1]

@@ -52,6 +52,16 @@ def test_pages_that_became_free_are_used_before_memory_grows():
     assert store.classes[0].pool.key.shape[0] <= 2 * 2 + 2 * 4  # what it started with, and one growth
 
 
+def test_a_step_done_by_a_graph_is_not_taken_for_one_the_host_saw():
+    store = filled(64, heads=2, dim=8)
+    rows = store.classes[0]
+    assert rows.lengths() == [64, 64]
+    rows.pool.length.copy_(torch.tensor([64, 65], dtype=torch.int32))  # one row lost a key for the one it gained
+    rows.advance(1, seen=False)
+    assert store.uniform is None and store.len.tolist() == [[64, 65]]
+    assert rows.lengths() == [64, 65] and rows.bound == 65
+
+
 @pytest.mark.parametrize(("format", "error", "share"), [("fp8", 0.04, 0.54), ("int8", 0.01, 0.54), ("int4", 0.1, 0.34)])
 @pytest.mark.parametrize("method", [None, "h2o(budget=0.5)", "streaming-llm(budget=40)"])
 def test_codes_go_with_any_method(format, error, share, method):
