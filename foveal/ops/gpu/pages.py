@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
+from .launch import dependent
 from .variants import Variant
 
 if TYPE_CHECKING:
@@ -94,7 +94,7 @@ def _append_codes(pages: Pages, free, top, key, value, token, ids) -> None:
 
 def _launch_append(key_pool, value_pool, pages, free, top, key, value, token, ids) -> None:
     D, DV = key.shape[1], value.shape[1]
-    pdl, how = _dependent(key)
+    pdl, how = dependent(key)
     _append[(pages.rows,)](
         key, value, key_pool, value_pool, pages.table, pages.length, free, top, token, ids, key.stride(0), value.stride(0),
         pages.table.stride(0), token.stride(0), D=D, DP=triton.next_power_of_2(D), DV=DV, DVP=triton.next_power_of_2(DV),
@@ -109,18 +109,12 @@ def drop(pages: Pages, free: Tensor, top: Tensor, slot: Tensor) -> None:
     key, value, *scales = pools(pages)
     C, E = scales or (key, value)
     widths = [x.shape[2] for x in (key, value, C, E)]
-    pdl, how = _dependent(key)
+    pdl, how = dependent(key)
     _drop[(pages.rows,)](
         slot, key, value, C, E, pages.table, pages.length, free, top, pages.table.stride(0), WA=widths[0], WB=widths[1],
         WC=widths[2], WE=widths[3], WIDEST=triton.next_power_of_2(max(widths)), PAGE=pages.size, SCALES=bool(scales),
         PDL=pdl, num_warps=1, **how,
     )  # fmt: skip
-
-
-def _dependent(x: Tensor) -> tuple[bool, dict]:
-    """Programmatic dependent launch where the GPU has it: the next kernel's ramp overlaps this one's end."""
-    pdl = x.is_cuda and torch.cuda.get_device_capability(x.device)[0] >= 9
-    return pdl, {"launch_pdl": True} if pdl else {}
 
 
 def variants() -> list[Variant]:

@@ -14,6 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .launch import dependent, given
 from .variants import Variant
 
 LOG2E = 1.4426950408889634
@@ -332,14 +333,13 @@ def launch(
     part_lse = q.new_empty(pieces + rows, G, dtype=torch.float32)
     explicit = want.weights or want.mass or want.logits
     logit = q.new_empty(rows, limit, G, dtype=torch.float32) if explicit else part
-    pdl = q.is_cuda and torch.cuda.get_device_capability(q.device)[0] >= 9
-    how = {"launch_pdl": True} if pdl else {}
+    pdl, how = dependent(q)
     RP = triton.next_power_of_2(rows)
     settings = tile_settings(D, DV, rows, q.element_size(), format)
     if format == "int4":
         scales = tuple(x.view(torch.int64) for x in scales)
     _split[(pieces + rows,)](
-        q, key, value, table, length, length, _or(slots, table), _or(extra, part), _or(moved, q), *(scales or (part, part)),
+        q, key, value, table, length, length, given(slots, table), given(extra, part), given(moved, q), *(scales or (part, part)),
         part, part_lse, logit, table.stride(0), 0 if slots is None else slots.stride(0),
         0 if extra is None else extra.stride(0), 0 if extra is None or extra.shape[1] == 1 else extra.stride(1),
         limit, 0 if moved is None else moved.shape[1], 0 if window is None else window[0],
@@ -355,7 +355,7 @@ def launch(
         return out, lse, logit
     NB = 4 if DV >= 128 else 1
     _merge[(rows * G * NB,)](
-        part, part_lse, length, _or(sinks, part), out, lse, limit, rows, pieces, G=G, DV=DV,
+        part, part_lse, length, given(sinks, part), out, lse, limit, rows, pieces, G=G, DV=DV,
         DB=triton.next_power_of_2(-(-DV // NB)), NB=NB, RP=RP, BN=settings["BN"], LEAST_TILES=LEAST, LISTED=slots is not None, MANY=64,
         HAS_SINKS=sinks is not None, PDL=pdl, num_warps=4, **how,
     )  # fmt: skip
@@ -383,10 +383,6 @@ def tile_settings(head_dim: int, value_dim: int, rows: int, itemsize: int, forma
     if max(head_dim, value_dim) > 128 or (rows <= 64 and format is None):
         return {"BN": TILE, "STAGES": 2 if max(head_dim, value_dim) > 128 else 3, "num_warps": 4}
     return {"BN": 2 * TILE, "STAGES": 2, "num_warps": 4}
-
-
-def _or(x: Tensor | None, placeholder: Tensor) -> Tensor:
-    return placeholder if x is None else x
 
 
 # ---------------------------------------------------------------------- compiling without a GPU

@@ -10,6 +10,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from foveal.ops.dense import _last_dense
+
+from .launch import dependent, padded
 from .variants import Variant
 
 LOG2E = 1.4426950408889634
@@ -84,12 +87,12 @@ def launch_bound(q, lo, hi, group="max", count=None, keep_first=0, keep_last=0) 
     q, lo, hi = q.contiguous(), _last_dense(lo), _last_dense(hi)
     out = q.new_empty(rows, G if group == "none" else 1, pages, dtype=torch.float32)
     if out.numel():
-        pdl = q.is_cuda and torch.cuda.get_device_capability(q.device)[0] >= 9
+        pdl, launching = dependent(q)
         _bound[(triton.cdiv(pages, PAGES), rows)](
             q, lo, hi, q if count is None else count, out, pages, lo.stride(0), lo.stride(1), hi.stride(0), hi.stride(1),
-            keep_first, keep_last, G=G, GP=max(16, triton.next_power_of_2(G)), D=D, DP=_padded(D), BP=PAGES,
+            keep_first, keep_last, G=G, GP=max(16, triton.next_power_of_2(G)), D=D, DP=padded(D), BP=PAGES,
             REDUCE_BY=REDUCE[group], HAS_COUNT=count is not None, PRECISE=q.dtype == torch.float32, PDL=pdl, num_warps=4,
-            **({"launch_pdl": True} if pdl else {}),
+            **launching,
         )  # fmt: skip
     return out
 
@@ -140,7 +143,7 @@ def launch_pool(x: Tensor, size: int, pool: str) -> Tensor:
     out = x.new_empty(batch, H, blocks, D, dtype=torch.float32)
     if out.numel():
         _pool[(blocks, batch * H)](
-            x, out, H, length, blocks, size, *x.stride()[:3], D=D, DP=_padded(D), BT=32, MAX=pool == "max", num_warps=4
+            x, out, H, length, blocks, size, *x.stride()[:3], D=D, DP=padded(D), BT=32, MAX=pool == "max", num_warps=4
         )  # fmt: skip
     return out
 
@@ -251,7 +254,7 @@ def launch_window(q: Tensor, k: Tensor, last: int, scale: float, softcap: float 
     chunks, tiles = triton.cdiv(total, WINDOW_KEYS), triton.cdiv(last, BM)
     numbers = (H, H // k.shape[1], last, total, *q.stride()[:3], *k.stride()[:3])
     numbers += (scale * LOG2E if softcap is None else scale, softcap or 0.0)
-    how = {"D": D, "DP": _padded(D), "BM": BM, "BN": BN, "HAS_CAP": softcap is not None}
+    how = {"D": D, "DP": padded(D), "BM": BM, "BN": BN, "HAS_CAP": softcap is not None}
     how |= {"PRECISE": q.dtype == torch.float32, "num_warps": warps}
     lse = q.new_empty(batch * H, chunks, last, dtype=torch.float32)
     _window_lse[(chunks, batch * H, tiles)](q, k, lse, *numbers, CHUNK=WINDOW_KEYS, STAGES=2, **how)
@@ -385,14 +388,6 @@ def antidiagonal_settings(head_dim: int, itemsize: int) -> tuple[int, int, int, 
     return 128, 128, 64 if head_dim % 64 == 0 else 32 if head_dim % 32 == 0 else 16, 8
 
 
-def _padded(dim: int) -> int:
-    return max(16, triton.next_power_of_2(dim))
-
-
-def _last_dense(x: Tensor) -> Tensor:
-    return x if x.stride(-1) == 1 else x.contiguous()
-
-
 # ---------------------------------------------------------------------- compiling without a GPU
 
 
@@ -412,7 +407,7 @@ def variants() -> list[Variant]:
     found += [_window_variant(128, "fp32", True), _antidiagonal_variant(128, "fp32", 16, 8)]
     for D, largest in ((96, False), (128, True), (256, False)):
         numbers = ("H", "length", "blocks", "size", "x_batch", "x_head", "x_token")
-        constants = {"D": D, "DP": _padded(D), "BT": 32, "MAX": largest}
+        constants = {"D": D, "DP": padded(D), "BT": 32, "MAX": largest}
         signature = {"X": "*bf16", "OUT": "*fp32"} | dict.fromkeys(numbers, "i32")
         found.append(Variant(f"pool {D} max={largest}", _pool, signature, constants, {"num_warps": 4}))
     numbers = dict.fromkeys(("first_bh", "past", "rows", "blocks", "query_blocks"), "i32")
@@ -426,7 +421,7 @@ def variants() -> list[Variant]:
 def _bound_variant(D: int, dtype: str, reduce_by: int, counted: bool) -> Variant:
     signature = dict.fromkeys(("Q", "LO", "HI"), f"*{dtype}") | {"COUNT": "*i32", "OUT": "*fp32"}
     signature |= dict.fromkeys(("pages", "lo_row", "lo_page", "hi_row", "hi_page", "first", "last"), "i32")
-    constants = {"G": 4, "GP": 16, "D": D, "DP": _padded(D), "BP": PAGES, "REDUCE_BY": reduce_by, "HAS_COUNT": counted}
+    constants = {"G": 4, "GP": 16, "D": D, "DP": padded(D), "BP": PAGES, "REDUCE_BY": reduce_by, "HAS_COUNT": counted}
     constants |= {"PRECISE": dtype == "fp32", "PDL": True}
     return Variant(f"bound {D} {dtype} {reduce_by}", _bound, signature, constants, {"num_warps": 4})
 
@@ -436,7 +431,7 @@ def _window_variant(D: int, dtype: str, sums: bool, cap: bool = False) -> Varian
     signature = {"Q": f"*{dtype}", "K": f"*{dtype}"} | dict.fromkeys(("LSE", "VERTICAL", "SLASH"), "*fp32")
     numbers = ("H", "group", "last", "total", "q_batch", "q_head", "q_token", "k_batch", "k_head", "k_token")
     signature |= dict.fromkeys(numbers, "i32") | {"scale": "fp32", "softcap": "fp32"}
-    constants = {"D": D, "DP": _padded(D), "BM": BM, "BN": BN, "HAS_CAP": cap, "PRECISE": dtype == "fp32"}
+    constants = {"D": D, "DP": padded(D), "BM": BM, "BN": BN, "HAS_CAP": cap, "PRECISE": dtype == "fp32"}
     if sums:
         return Variant(f"window sums {D} {dtype}", _window_sums, signature, constants, {"num_warps": warps})
     constants |= {"CHUNK": WINDOW_KEYS, "STAGES": 2}

@@ -14,6 +14,7 @@ import triton
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
+from .launch import given
 from .stats_kernels import columns_kernel, rows_kernel
 from .variants import Variant
 
@@ -61,7 +62,7 @@ def launch_columns(p: Problem, want: Sequence[str], low: Tensor | None) -> list[
     lse = F.pad(p.lse, (0, width - n), value=1e30)  # past the end every probability is zero, and none is low
     low = lse if low is None else F.pad(low, (0, width - n), value=-3e38)
     columns_kernel[(batch * heads * blocks,)](
-        *_described(p, how), lse, _or(p.log_mass, lse), low, out.get("col_mass", lse), out.get("col_low", lse), n, width,
+        *_described(p, how), lse, given(p.log_mass, lse), low, out.get("col_mass", lse), out.get("col_low", lse), n, width,
         total, p.past, blocks, heads, low.shape[1], *_factors(p),
         **_constants(p), SUM="col_mass" in out, LOWS="col_low" in out, **how,
     )  # fmt: skip
@@ -94,7 +95,7 @@ def launch_rows(p: Problem, want: Sequence[str], sink: int, edges: Tensor, block
     largest = p.lse.new_empty(batch, heads, n, top)
     largest_keys = p.lse.new_empty(batch, heads, n, top, dtype=torch.int64)
     rows_kernel[(batch * heads * blocks,)](
-        *_described(p, how), p.lse, _or(p.log_mass, p.lse), bin_of, edge, flat["entropy"], flat["sink_mass"],
+        *_described(p, how), p.lse, given(p.log_mass, p.lse), bin_of, edge, flat["entropy"], flat["sink_mass"],
         flat["mean_distance"], flat["row_max"], argmax, partial_bins, partial_map, largest, largest_keys,
         n, total, p.past, blocks, heads, sink, lines, width, *_factors(p), **_constants(p), **row_flags(names),
         NB=bins, BLOCK=block, NTOP=top, NTOP_PADDED=triton.next_power_of_2(max(top, 1)), **how,
@@ -171,10 +172,6 @@ def _constants(p: Problem) -> dict[str, int | bool]:
         "RANK": 0 if p.phi_q is None else p.phi_q.shape[3],
         "CAPPED": p.softcap is not None,
     }
-
-
-def _or(x: Tensor | None, placeholder: Tensor) -> Tensor:
-    return placeholder if x is None else x
 
 
 # ---------------------------------------------------------------------- as nodes of a graph

@@ -12,6 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .launch import padded
 from .variants import Variant
 
 LOG2E = 1.4426950408889634
@@ -110,7 +111,7 @@ def launch(q, k, v, slots, rows, counts, size: int, scale: float) -> tuple[Tenso
     _attend[(batch * lists * nq, triton.cdiv(min(size, length) * G, BM))](
         q, k, v, slots, slots if rows is None else rows.contiguous(), slots if counts is None else counts.contiguous(),
         out, lse, m, size, nq, lists, length, total, *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], scale * LOG2E,
-        G=G, SHARE=lists // kv_heads, D=D, DP=_padded(D), DV=DV, DVP=_padded(DV), BM=BM, BN=BN, STEP=WALK,
+        G=G, SHARE=lists // kv_heads, D=D, DP=padded(D), DV=DV, DVP=padded(DV), BM=BM, BN=BN, STEP=WALK,
         HAS_ROWS=rows is not None, PRECISE=q.dtype == torch.float32, STAGES=stages, num_warps=warps,
     )  # fmt: skip
     return out, lse
@@ -125,10 +126,6 @@ def settings(rows: int, head_dim: int, itemsize: int) -> tuple[int, int, int, in
     if rows <= 64 or head_dim > 128:
         return 64, 64 if head_dim <= 128 else 32, 2, 4 if head_dim <= 128 else 8
     return 128, 64, 2, 8
-
-
-def _padded(dim: int) -> int:
-    return max(16, triton.next_power_of_2(dim))
 
 
 # ---------------------------------------------------------------------- compiling without a GPU
@@ -154,9 +151,9 @@ def _variant(D: int, DV: int, dtype: str, rows: int, chosen: bool) -> Variant:
         "G": 4,
         "SHARE": 1,
         "D": D,
-        "DP": _padded(D),
+        "DP": padded(D),
         "DV": DV,
-        "DVP": _padded(DV),
+        "DVP": padded(DV),
         "BM": BM,
         "BN": BN,
         "STEP": WALK,

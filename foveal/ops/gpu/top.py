@@ -11,6 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .launch import dependent
 from .variants import Variant
 
 IN_REGISTERS = 8192  # wider rows spill
@@ -139,9 +140,9 @@ def launch_slots(scores: Tensor, k: int, forced: Tensor | None = None, count: Te
     if not rows:
         return out
     forced = None if forced is None else forced.contiguous().view(torch.uint8)
-    pdl = scores.is_cuda and torch.cuda.get_device_capability(scores.device)[0] >= 9
+    pdl, launching = dependent(scores)
     how = {"KP": 1024, "HAS_FORCED": forced is not None, "HAS_COUNT": count is not None, "PDL": pdl}
-    how |= {"launch_pdl": True} if pdl else {}
+    how |= launching
     given = (scores, out if forced is None else forced, out if count is None else count, out, n, scores.stride(0), k)
     if n <= IN_REGISTERS:
         width = max(128, triton.next_power_of_2(n))
