@@ -142,6 +142,8 @@ def _without_recorders(model):
 
 def _unpacked(data: bytes, device: str, threads: int) -> Callable[[Any], Any]:
     torch.set_num_threads(threads)
+    if device.startswith("cuda:"):
+        torch.cuda.set_device(device)  # kernels are launched on the current one
     make, model, tokenizer = pickle.loads(data)
     with torch.device(
         "meta"
@@ -265,11 +267,11 @@ class _Pool(Crew):
 
 
 class _Processes(_Pool):
-    """Processes of this machine, all on the model's device."""
+    """Processes of this machine, on the model's device; a model on the first GPU is given to all GPUs that this process sees."""
 
     def __init__(self, make: Make, model, tokenizer, workers: int):
         super().__init__(workers)
-        self.device, self.threads = str(model.device), max(1, torch.get_num_threads() // workers)
+        self.devices, self.threads = _devices(model.device), max(1, torch.get_num_threads() // workers)
         self.folder = tempfile.TemporaryDirectory(prefix="foveal-")
         self.file = Path(self.folder.name) / "worker"
         try:
@@ -280,12 +282,14 @@ class _Processes(_Pool):
 
     def _start(self):
         ours, theirs = get_context("spawn").Pipe()
+        taken = [w.device for w in (*self.idle, *self.busy, *self.coming)]
+        device = min(self.devices, key=taken.count)
         process = get_context("spawn").Process(
-            target=_serve, args=(theirs, str(self.file), self.device, self.threads), daemon=True
+            target=_serve, args=(theirs, str(self.file), device, self.threads), daemon=True
         )
         process.start()
         theirs.close()
-        return _Process(process, ours)
+        return _Process(process, ours, device)
 
     def _send(self, worker, cell):
         data = pickle.dumps(cell)
@@ -318,6 +322,14 @@ class _Processes(_Pool):
 class _Process:
     process: Any
     pipe: connection.Connection
+    device: str
+
+
+def _devices(device: torch.device) -> list[str]:
+    """Where workers of a model on this device may live: `cuda` and `cuda:0` stand for every GPU in sight, `cuda:1` for itself."""
+    if device.type == "cuda" and not device.index:
+        return [f"cuda:{i}" for i in range(torch.cuda.device_count())]
+    return [str(device)]
 
 
 def _serve(pipe: connection.Connection, file: str, device: str, threads: int) -> None:
