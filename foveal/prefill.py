@@ -21,7 +21,7 @@ from .selection import All, Band, Blocks, Lists, Selection
 from .step import Pass, Step
 from .store import LayerStore
 
-TILE = 1 << 22  # weights of one query tile, so that explicit rows stay within megabytes
+TILE = {"cpu": 1 << 22, "cuda": 1 << 25}  # weights of a tile of queries: explicit rows stay within some times 16 and 128 MB
 FEW = 64  # edited keys a head that are always few beside the rest; else a sixteenth of all
 
 
@@ -107,7 +107,23 @@ def _attend(step: Step, selection: Selection, layout: Layout, need_lse: bool) ->
         return ops.attend_masked(step.q, keys, values, step.visible_mask, **how)
     if isinstance(selection, All) and step.bias is None:
         return ops.attend(step.q, layout.key, layout.value, mass=layout.mass, **how)
+    if isinstance(selection, Band) and step.bias is None and _band_of_columns(step, selection):
+        sink, recent = selection.per_head(step.H)
+        return ops.attend_band(step.q, layout.key, layout.value, sink=sink, recent=recent, **how)
     return _by_rows(step, need_lse)
+
+
+def _band_of_columns(step: Step, band: Band) -> bool:
+    """Whether a band sees of the columns what it sees of their tokens, though tokens are gone: the first ones and a window are left.
+
+    Looks at the device once.
+    """
+    sinks = set(band.per_head(step.H)[0])
+    if len(sinks) > 1 or step.store.uniform is None or "mass" in step.store.specs:
+        return False
+    token, sink = step.token[..., : step.store.uniform], sinks.pop()
+    column = torch.arange(token.shape[2], device=step.device)
+    return bool(torch.where(column < sink, token < sink, token - column == token[..., -1:] - column[-1]).all())
 
 
 def _by_lists(step: Step, lists: Lists, keys: Tensor, values: Tensor, how: dict) -> tuple[Tensor, Tensor | None]:
@@ -128,7 +144,7 @@ def _factors(bias: Bias | None, length: int) -> tuple[Tensor, Tensor] | None:
 
 def _tiles(step: Step, first: int = 0) -> Iterator[tuple[int, int, Tensor]]:
     """Exact logits of query tiles over all slots, [1, heads, tile, T], -inf where not selected: dense in time, bounded in memory."""
-    size = max(1, TILE // (step.H * step.T))
+    size = max(1, TILE.get(step.device.type, TILE["cpu"]) // (step.H * step.T))
     for start in range(first, step.L, size):
         stop = min(start + size, step.L)
         yield start, stop, step.scores(start=start, stop=stop)

@@ -32,27 +32,36 @@ def attend_blocks(
     bias: tuple[Tensor, Tensor] | None = None,
     mass: Tensor | None = None,
     starts: Tensor | None = None,
+    causal: bool = True,
     need_lse: bool = False,
     need_entropy: bool = False,
 ) -> tuple[Tensor, Tensor | None] | tuple[Tensor, Tensor | None, Tensor]:
-    """Causal attention over chosen key blocks; cost is proportional to their number.
+    """Attention over chosen key blocks; cost is proportional to their number.
 
     `block_map` is bool `[batch, heads, ceil(length / size), ceil(total / size)]`: whether the queries
     a*size..(a+1)*size see the keys b*size..(b+1)*size, as far as causality lets them; `size` is a number of tokens, or
-    (query_block, key_block). Or it is a `BlockLists`, which knows its sizes. Last blocks may be partial.
+    (query_block, key_block). Or it is a `BlockLists`, which knows its sizes. Last blocks may be partial. `causal=False`: they see
+    all of them, and queries may be more than keys.
     `starts`: int32 `[n + 1]`, bounds of n sequences packed into a batch of 1; keys of other sequences are never visible.
     `need_entropy`: also return, third, the entropy of each row in nats, float32 `[batch, heads, length]`, without gradient.
     Shapes and other keywords: see `foveal.ops.dense`. Raises `InputError` for a map of another shape or dtype.
     """
-    check(q, k, v, sinks=sinks, bias=bias, mass=mass)
+    check(q, k, v, sinks=sinks, bias=bias, mass=mass, causal=causal)
     lists = _check_lists(q, k, block_map, size)
-    _check_rest(q, k, scale, softcap, starts, need_entropy)
-    route = _choose(q, k, v, block_map, size, scale=scale, softcap=softcap, bias=bias, mass=mass)
+    _check_rest(q, k, scale, softcap, starts, need_entropy, causal)
+    route = _choose(q, k, v, block_map, size, scale=scale, softcap=softcap, bias=bias, mass=mass, causal=causal)
+    if not causal:
+        k, v, bias, mass = _whole_blocks(k, v, bias, mass, _sizes(size)[1] if lists is None else lists.key_block)
+        if route.name == "torch" or wants_grad(q, k, v):  # these know the causal order only
+            causal = True
+            k, v, bias, mass = _longer(k, v, bias, mass, q.shape[2])
+            if lists is None:
+                block_map = F.pad(block_map, (0, -(-k.shape[2] // _sizes(size)[1]) - block_map.shape[3]))
     if route.name != "torch":
         if lists is None:
             lists = BlockLists.of(block_map, *_sizes(size))
-        gluon = route.name == "gluon"
-        out, lse, entropy = _by_kernel(q, k, v, lists, scale, starts, need_entropy, gluon, bias=bias, mass=mass)
+        how = {"gluon": route.name == "gluon", "causal": causal, "bias": bias, "mass": mass}
+        out, lse, entropy = _by_kernel(q, k, v, lists, scale, starts, need_entropy, **how)
     else:
         p = prepare(q, k, v, scale=scale, softcap=softcap, bias=bias, mass=mass, differentiable=(q, k, v, sinks))
         if lists is not None:
@@ -89,7 +98,8 @@ def attend_band_by_blocks(
     cut = (tuple([0] * heads), tuple([total] * heads)) if every else (tuple(sink), tuple(recent))
     lists, bounds = (_whole if every else _band)(q.shape[2], total, *cut, heads, q.shape[0], q.device)
     bounds = () if every else bounds
-    out, lse, entropy = _by_kernel(q, k, v, lists, scale, None, need_entropy, on_hopper, *bounds, bias=bias, mass=mass)
+    how = {"gluon": on_hopper, "bias": bias, "mass": mass}
+    out, lse, entropy = _by_kernel(q, k, v, lists, scale, None, need_entropy, *bounds, **how)
     if need_entropy:
         entropy = _with_sinks(entropy, lse.detach(), sinks)
     out, lse = finish(out, lse, q, sinks=sinks, holes=False, need_lse=need_lse)
@@ -134,14 +144,16 @@ def kernel_misfit(q: Tensor, k: Tensor, v: Tensor, *, scale: float, softcap=None
 
 @routed("attend_blocks")
 def _choose(
-    q, k, v, block_map, size=None, *, scale, softcap=None, sinks=None, bias=None, mass=None, starts=None,
+    q, k, v, block_map, size=None, *, scale, softcap=None, sinks=None, bias=None, mass=None, starts=None, causal=True,
     need_lse=False, need_entropy=False,
 ) -> Route:  # fmt: skip
+    given = isinstance(block_map, BlockLists)
+    query_block, key_block = (block_map.query_block, block_map.key_block) if given else _sizes(size)
+    if not causal and mass is None and k.shape[2] % key_block:
+        mass = k[..., 0]  # what fills a last block counts nothing
     why = kernel_misfit(q, k, v, scale=scale, softcap=softcap, bias=bias, mass=mass)
     if why is not None:
         return Route("torch", why)
-    given = isinstance(block_map, BlockLists)
-    query_block, key_block = (block_map.query_block, block_map.key_block) if given else _sizes(size)
     if query_block % 16 or key_block % 16:
         return Route("torch", f"blocks of {query_block} x {key_block} are not multiples of 16 x 16")
     why = _gluon_misfit(q, query_block, key_block)
@@ -208,7 +220,9 @@ def _check_tables(lists: BlockLists, rows: tuple[int, int, int], columns: int) -
             raise InputError(f"expected ascending block numbers below {columns}, got others; sort and clip the lists")
 
 
-def _check_rest(q: Tensor, k: Tensor, scale: float, softcap: float | None, starts: Tensor | None, need_entropy) -> None:
+def _check_rest(q: Tensor, k: Tensor, scale: float, softcap: float | None, starts, need_entropy, causal) -> None:
+    if starts is not None and not causal:
+        raise InputError("expected packed sequences in causal order, got causal=False; hide their keys by the map")
     if not math.isfinite(scale):
         raise InputError(f"expected a finite scale, got {scale}; 1 / sqrt(head_dim) is usual")
     if need_entropy and softcap is not None:
@@ -229,7 +243,7 @@ def _check_rest(q: Tensor, k: Tensor, scale: float, softcap: float | None, start
 
 
 def _by_kernel(
-    q, k, v, lists: BlockLists, scale, starts, need_entropy, on_hopper, sink=None, recent=None, *, bias=None, mass=None
+    q, k, v, lists: BlockLists, scale, starts, need_entropy, sink=None, recent=None, *, gluon, causal=True, bias=None, mass=None
 ) -> tuple[Tensor, Tensor, Tensor]:
     from foveal.ops.gpu import bias as gpu_bias
     from foveal.ops.gpu import blocks_op
@@ -239,8 +253,26 @@ def _by_kernel(
     if bias is not None or mass is not None:
         phi = gpu_bias.columns(q, bias, mass, scale=scale, multiple=16)
     return blocks_op.attend_blocks(
-        q, k, v, counts, indices, starts, sink, recent, *phi, lists.query_block, lists.key_block, scale, need_entropy, on_hopper
+        q, k, v, counts, indices, starts, sink, recent, *phi, lists.query_block, lists.key_block, scale, need_entropy, gluon,
+        causal,
     )  # fmt: skip
+
+
+def _whole_blocks(k: Tensor, v: Tensor, bias, mass: Tensor | None, key_block: int):
+    """Keys, values, bias and masses up to the end of the last block; what is added counts nothing."""
+    room = -k.shape[2] % key_block
+    if room and mass is None:
+        mass = torch.ones(*k.shape[:3], dtype=wide(k.dtype), device=k.device)
+    return _longer(k, v, bias, mass, room)
+
+
+def _longer(k: Tensor, v: Tensor, bias, mass: Tensor | None, room: int):
+    """The same with so many keys more that no block lists or that count nothing."""
+    if not room:
+        return k, v, bias, mass
+    k, v = (F.pad(t, (0, 0, 0, room)) for t in (k, v))
+    bias = bias and (bias[0], F.pad(bias[1], (0, 0, 0, room)))
+    return k, v, bias, None if mass is None else F.pad(mass, (0, room))
 
 
 def _with_sinks(entropy: Tensor, lse: Tensor, sinks: Tensor | None) -> Tensor:

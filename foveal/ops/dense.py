@@ -141,7 +141,7 @@ def _folded(q: Tensor, k: Tensor, v: Tensor, scale: float, bias, mass) -> tuple[
     return out[..., : p.value_dim], lse
 
 
-def check(q: Tensor, k: Tensor, v: Tensor | None, *, sinks=None, bias=None, mass=None) -> None:
+def check(q: Tensor, k: Tensor, v: Tensor | None, *, sinks=None, bias=None, mass=None, causal=True) -> None:
     """Raise `InputError` unless the shapes fit together and, where looking costs little, all are numbers."""
     if q.dim() != 4 or k.dim() != 4 or q.shape[0] != k.shape[0] or q.shape[3] != k.shape[3]:
         raise InputError(
@@ -152,7 +152,7 @@ def check(q: Tensor, k: Tensor, v: Tensor | None, *, sinks=None, bias=None, mass
     kv_heads, total = k.shape[1:3]
     if kv_heads == 0 or heads % kv_heads:
         raise InputError(f"expected heads to be a multiple of kv_heads, got {heads} and {kv_heads}; check q and k")
-    if length > total:
+    if causal and length > total:
         raise InputError(f"expected at most as many queries as keys, got {length} and {total}; append the keys first")
     if v is not None and v.shape[:3] != k.shape[:3]:
         raise InputError(f"expected one value for each key, got k {list(k.shape)} and v {list(v.shape)}; match them")

@@ -24,10 +24,14 @@ _GATHERED_NUMBERS = 1 << 24  # logits held at a time where tiles are seen in par
 
 @dataclass(frozen=True, eq=False)
 class TokenBlocks:
-    """Which tokens of a grid stand together: `tokens` `[blocks, size]`, -1 where a block has fewer; `counts`: blocks along each axis."""
+    """Which tokens of a grid stand together: `tokens` `[blocks, size]`, -1 where a block has fewer; `counts`: blocks along each axis.
+
+    tile: tokens of a block along each axis, where tiles divide the grid: tokens then move as axes do, without an index.
+    """
 
     tokens: Tensor
     counts: tuple[int, ...]
+    tile: tuple[int, ...] | None = None
 
     @property
     def size(self) -> int:
@@ -52,15 +56,25 @@ class TokenBlocks:
 
     def to(self, device) -> TokenBlocks:
         """The same blocks on another device."""
-        return self if self.tokens.device == torch.device(device) else TokenBlocks(self.tokens.to(device), self.counts)
+        return self if self.tokens.device == torch.device(device) else TokenBlocks(self.tokens.to(device), self.counts, self.tile)
 
     def permute(self, x: Tensor) -> Tensor:
         """Tokens `[..., tokens, width]` to places `[..., blocks * size, width]`; places without a token are zero."""
+        if self.tile is not None:
+            split = [n for pair in zip(self.counts, self.tile, strict=True) for n in pair]
+            lead, axes = x.dim() - 2, len(split)
+            order = [*range(lead), *range(lead, lead + axes, 2), *range(lead + 1, lead + axes, 2), lead + axes]
+            return x.unflatten(-2, split).permute(order).flatten(lead, -2)
         x = x.index_select(-2, self.tokens.flatten().clamp(min=0))
         return x if self.place.numel() == self.valid.numel() else x.masked_fill(~self.valid[:, None], 0)
 
     def restore(self, x: Tensor) -> Tensor:
         """Places back to tokens; undoes `permute`."""
+        if self.tile is not None:
+            lead, axes = x.dim() - 2, len(self.tile)
+            pairs = [i for axis in range(axes) for i in (lead + axis, lead + axes + axis)]
+            x = x.unflatten(-2, (*self.counts, *self.tile))
+            return x.permute([*range(lead), *pairs, lead + 2 * axes]).flatten(lead, -2)
         return x.index_select(-2, self.place)
 
     def mean(self, x: Tensor) -> Tensor:
@@ -110,7 +124,9 @@ def _tiles(shape: tuple[int, ...], tile: tuple[int, ...], device: torch.device) 
     index = F.pad(index, pads[::-1], value=-1).view([n for pair in zip(counts, tile, strict=True) for n in pair])
     axes = len(shape)
     order = [*range(0, 2 * axes, 2), *range(1, 2 * axes, 2)]
-    return TokenBlocks(index.permute(order).reshape(math.prod(counts), math.prod(tile)).to(device), counts)
+    tokens = index.permute(order).reshape(math.prod(counts), math.prod(tile)).to(device)
+    divides = not any(n % t for n, t in zip(shape, tile, strict=True))
+    return TokenBlocks(tokens, counts, tile if divides else None)
 
 
 def fit_tile(shape: Sequence[int], tile: Sequence[int] | None, defaults: dict[int, tuple[int, ...]]) -> tuple[int, ...]:
@@ -148,22 +164,9 @@ def attend_map(
         raise InputError(
             f"expected a bool map of {[rows, columns]} blocks of {size}, got {block_map.dtype} {list(block_map.shape)}; rebuild it"
         )
-    # The operation is causal with the queries last: as many keys again, in blocks nobody reads, and causality hides nothing.
-    whole = columns * key_block
-    room = whole - total + length
-    seats = -(-(whole + length) // key_block)
-    k, v = (F.pad(t, (0, 0, 0, room)) for t in (k, v))
-    if bias is not None:
-        bias = (bias[0], F.pad(bias[1], (0, 0, 0, room)))
-    block_map = block_map.expand(batch, heads, rows, columns)
-    block_map = torch.cat([block_map, block_map.new_zeros(batch, heads, rows, seats - columns)], -1)
-    mass = None
-    if valid is not None or whole > total:
-        mass = torch.ones(batch, total, device=q.device, dtype=wide(q.dtype))
-        mass = mass if valid is None else mass * valid
-        mass = F.pad(mass, (0, room))[:, None].expand(-1, k.shape[1], -1)
-    scale = width**-0.5 if scale is None else scale
-    return attend_blocks(q, k, v, block_map, (query_block, key_block), scale=scale, bias=bias, mass=mass, need_lse=True)
+    mass = None if valid is None else valid.to(wide(q.dtype)).view(-1, 1, total).expand(batch, k.shape[1], total)
+    how = {"scale": width**-0.5 if scale is None else scale, "bias": bias, "mass": mass, "causal": False, "need_lse": True}
+    return attend_blocks(q, k, v, block_map.expand(batch, heads, rows, columns), size, **how)
 
 
 def attend_partly(
@@ -235,7 +238,13 @@ def attend_grid(
     pad = (0, 0, 0, seats * blocks.size - text)
 
     def arrange(x: Tensor) -> Tensor:
-        return torch.cat([blocks.permute(x[:, :, :grid]), F.pad(x[:, :, grid:], pad)], 2)
+        images = blocks.permute(x[:, :, :grid])
+        return torch.cat([images, F.pad(x[:, :, grid:], pad)], 2) if text else images
+
+    def back(x: Tensor) -> Tensor:
+        images, rest = x.split([blocks.valid.numel(), x.shape[2] - blocks.valid.numel()], 2)
+        images = blocks.restore(images)
+        return torch.cat([images, rest[:, :, :text]], 2) if text else images
 
     full = F.pad(block_map.to(q.device).to(torch.uint8), (0, seats, 0, seats), value=1).bool()
     real = torch.arange(seats * blocks.size, device=q.device) < torch.as_tensor(
@@ -245,8 +254,7 @@ def attend_grid(
     whole = grid == blocks.valid.numel() and text_keys is None and pad[-1] == 0
     size = (blocks.size, blocks.size)
     out, lse = attend_map(*map(arrange, (q, k, v)), full, size, scale=scale, valid=None if whole else valid)
-    place = torch.cat([blocks.place, blocks.valid.numel() + torch.arange(text, device=q.device)])
-    return out[:, :, place], lse[:, :, place]
+    return back(out), back(lse[..., None])[..., 0]
 
 
 def check_heads(q: Tensor, k: Tensor, v: Tensor) -> None:

@@ -144,14 +144,16 @@ def _groups(hood: Neighborhood, tile: tuple[int, ...], device: torch.device) -> 
         members = index[tuple(slice(r, None, d) for r, d in zip(residues, hood.dilation, strict=True))]
         shape = tuple(members.shape)
         here = tuple(min(t, n) for t, n in zip(tile, shape, strict=True))
-        local = tile_blocks(shape, here).tokens
+        blocks = tile_blocks(shape, here)
+        local = blocks.tokens
         windows = [hood.windows(axis, n) for axis, n in enumerate(shape)]
         whole, part = (m.to(device) if bool(m.any()) else None for m in _maps(windows, shape, here))
         places = torch.unravel_index(local.flatten().clamp(min=0), shape)
         bounds = tuple((a[at].to(device), b[at].to(device)) for (a, b), at in zip(windows, places, strict=True))
         tokens = members.flatten()
-        blocks = TokenBlocks(torch.where(local >= 0, tokens[local], -1).to(device), (len(local),))
-        found.append(_Group(tokens.to(device), blocks, whole, part, tuple(at.to(device) for at in places), bounds))
+        if shape != hood.shape:
+            blocks = TokenBlocks(torch.where(local >= 0, tokens[local], -1), (len(local),))
+        found.append(_Group(tokens.to(device), blocks.to(device), whole, part, tuple(at.to(device) for at in places), bounds))
     return found
 
 
@@ -165,7 +167,7 @@ def _attend_group(q: Tensor, k: Tensor, v: Tensor, group: _Group, scale: float |
     if group.part is not None:
         found.append(attend_partly(q, k, v, group.part, blocks.size, group.see, scale=scale))
     out, lse = found[0] if len(found) == 1 else merge(*found[0], *found[1])
-    return blocks.restore(out), lse[:, :, blocks.place]
+    return blocks.restore(out), blocks.restore(lse[..., None])[..., 0]
 
 
 def _axis_maps(first: Tensor, last: Tensor, query_tile: int, key_tile: int) -> tuple[Tensor, Tensor]:

@@ -150,3 +150,14 @@ def test_a_zero_sink_is_one_more_key_without_a_value(chunks, model, ids):
 def test_a_zero_sink_is_yes_or_no():
     with pytest.raises(foveal.InputError, match="zero_sink = 2"):
         StreamingLLM(zero_sink=2)
+
+
+@pytest.mark.parametrize("positions", ["original", "cache"])
+def test_later_pieces_of_a_prompt_are_read_as_a_band(positions, model, ids, monkeypatch):
+    read = lambda: watch(model, StreamingLLM(20, positions=positions), ids, (30, 30))
+    monkeypatch.setattr(foveal.prefill, "_band_of_columns", lambda *_: False)
+    by_rows = [s.out for *_, s in read().each()]
+    monkeypatch.undo()
+    monkeypatch.setattr(foveal.prefill, "_by_rows", None)  # not called
+    for out, (*_, s) in zip(by_rows, read().each(), strict=True):
+        assert close(s.out, out)

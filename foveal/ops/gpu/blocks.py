@@ -152,6 +152,7 @@ class Problem(NamedTuple):
 
     query_block, key_block: multiples of 16 tokens.  window: what narrows causality further.
     bias: what `gpu.bias.columns` makes of one, bfloat16 `[batch, heads, length, rank]` and `[batch, kv_heads or heads, total, rank]`.
+    causal: the queries are the last of the keys; else they come behind all of them, and no key may be missing in a last block.
     """
 
     q: Tensor
@@ -164,11 +165,17 @@ class Problem(NamedTuple):
     scale: float
     window: Window
     bias: tuple[Tensor, Tensor] | None = None
+    causal: bool = True
 
     @property
     def numbers(self) -> tuple[int, int, int]:
         """length, total, group"""
         return self.q.shape[2], self.k.shape[2], self.q.shape[1] // self.k.shape[1]
+
+    @property
+    def end(self) -> int:
+        """Where the queries end, in positions of keys."""
+        return self.k.shape[2] + (0 if self.causal else self.q.shape[2])
 
     @property
     def rank(self) -> int:
@@ -238,16 +245,16 @@ def empty_rows(batch: int, heads: int, length: int, head_dim: int, like: Tensor)
 
 def work_items(p: Problem, tiles: Tiles) -> tuple[Tensor, Tensor]:
     """Work items and counter of the forward pass and of the gradient of the queries."""
-    length, total, _ = p.numbers
+    length = p.q.shape[2]
     return lists.work(
-        p.counts, p.indices, p.query_block, tiles.rows, p.key_block, tiles.step, length, total, p.window, p.k.shape[1]
+        p.counts, p.indices, p.query_block, tiles.rows, p.key_block, tiles.step, length, p.end, p.window, p.k.shape[1]
     )
 
 
 def forward(p: Problem, *, need_entropy: bool, tiles: Tiles | None = None) -> tuple[Tensor, Tensor, Tensor]:
     """Output `[batch, heads, length, head_dim]`, lse and entropy float32 `[batch, heads, length]` (entropy empty if unwanted)."""
     batch, heads, _, head_dim = p.q.shape
-    length, total, group = p.numbers
+    length, _, group = p.numbers
     tiles = tiles or forward_tiles(head_dim, p.query_block, p.key_block, need_entropy, p.rank)
     out = empty_rows(batch, heads, length, head_dim, p.q)
     lse = torch.empty(batch, heads, length, dtype=torch.float32, device=p.q.device)
@@ -260,7 +267,7 @@ def forward(p: Problem, *, need_entropy: bool, tiles: Tiles | None = None) -> tu
     _forward[(items.shape[0],)](
         descriptor(p.q, tiles.rows), descriptor(p.k, tiles.step), descriptor(p.v, tiles.step),
         descriptor(phi_q, tiles.rows), descriptor(phi_k, tiles.step), out, lse, entropy, p.indices, items, first, sink,
-        recent, *out.stride()[:3], heads, length, total, -(-length // tiles.rows), p.indices.shape[2], p.indices.shape[3],
+        recent, *out.stride()[:3], heads, length, p.end, -(-length // tiles.rows), p.indices.shape[2], p.indices.shape[3],
         p.scale * _LOG2E,
         GROUP=group, SHARE=heads // phi_k.shape[1], HEAD_DIM=head_dim, D=width(head_dim), R=p.rank, ROW=p.query_block,
         TILE=tiles.rows, BLOCK=p.key_block, STEP=tiles.step, **p.flags, ENTROPY=need_entropy, ITEM=ITEM,

@@ -361,7 +361,7 @@ def forward_tiles(head_dim: int, key_block: int) -> Tiles:
 def forward(p: Problem, *, need_entropy: bool, tiles: Tiles | None = None, programs: int | None = None):
     """As `blocks.forward`, on a Hopper GPU; `programs` defaults to one for each multiprocessor."""
     batch, heads, _, head_dim = p.q.shape
-    length, total, group = p.numbers
+    length, _, group = p.numbers
     tiles = tiles or forward_tiles(head_dim, p.key_block)
     out = empty_rows(batch, heads, length, head_dim, p.q)
     lse = torch.empty(batch, heads, length, dtype=torch.float32, device=p.q.device)
@@ -375,7 +375,7 @@ def forward(p: Problem, *, need_entropy: bool, tiles: Tiles | None = None, progr
     _forward_hopper[(min(programs, items.shape[0]),)](
         _descriptor(p.q, 64), _descriptor(p.k, tiles.step), _descriptor(p.v, tiles.step), _descriptor(phi_q, 64),
         _descriptor(phi_k, tiles.step), _descriptor(out, 64), lse, entropy, p.indices, items, counter, first, sink, recent,
-        items.shape[0], heads, length, total, -(-length // tiles.rows),
+        items.shape[0], heads, length, p.end, -(-length // tiles.rows),
         p.indices.shape[2], p.indices.shape[3], p.scale * _LOG2E,
         GROUP=group, SHARE=heads // phi_k.shape[1], D=head_dim, R=p.rank, ROW=p.query_block,
         BLOCK=p.key_block, STEP=tiles.step, **p.flags, ENTROPY=need_entropy,

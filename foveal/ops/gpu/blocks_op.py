@@ -40,16 +40,18 @@ def attend_blocks(
     scale: float,
     need_entropy: bool,
     hopper: bool,
+    causal: bool = True,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Output `[batch, heads, length, head_dim]`, lse and entropy float32 `[batch, heads, length]` (empty if unwanted).
 
     starts: int32 `[n + 1]` bounds of packed sequences. sink, recent: int32 `[heads]`, an exact band.
     phi_q, phi_k: columns of a bias, as `bias.columns` makes them; no gradient flows where they are given. hopper: by Gluon.
-    The entropy carries no gradient.
+    causal: if not, every key of a listed block is seen, and no gradient flows either. The entropy carries no gradient.
     """
     p = _problem(q, k, v, counts, indices, starts, sink, recent, query_block, key_block, scale)
     if phi_q is not None:
         p = p._replace(bias=(phi_q, phi_k))
+    p = p._replace(causal=causal)
     if hopper:
         from foveal.ops.gpu import blocks_hopper
 
@@ -59,8 +61,9 @@ def attend_blocks(
 
 @attend_blocks.register_fake
 def _(
-    q, k, v, counts, indices, starts, sink, recent, phi_q, phi_k, query_block, key_block, scale, need_entropy, hopper
-):
+    q, k, v, counts, indices, starts, sink, recent, phi_q, phi_k, query_block, key_block, scale, need_entropy, hopper,
+    causal=True,
+):  # fmt: skip
     out = empty_rows(*q.shape, q)
     lse = q.new_empty(q.shape[:3], dtype=torch.float32)
     return out, lse, torch.empty_like(lse) if need_entropy else lse.new_empty(0)
@@ -100,14 +103,14 @@ def _problem(q, k, v, counts, indices, starts, sink, recent, query_block, key_bl
 
 
 def _remember(ctx, inputs, output) -> None:
-    q, k, v, counts, indices, starts, sink, recent, _, _, *sizes, _, _ = inputs
+    q, k, v, counts, indices, starts, sink, recent, _, _, *sizes, _, _, _ = inputs
     ctx.save_for_backward(q, k, v, output[0], output[1], counts, indices, starts, sink, recent)
     ctx.sizes = sizes
 
 
 def _slopes(ctx, dout, dlse, _):
     q, k, v, out, lse, *rest = ctx.saved_tensors
-    return *attend_blocks_backward(q, k, v, out, lse, dout, dlse, *rest, *ctx.sizes), *[None] * 12
+    return *attend_blocks_backward(q, k, v, out, lse, dout, dlse, *rest, *ctx.sizes), *[None] * 13
 
 
 attend_blocks.register_autograd(_slopes, setup_context=_remember)

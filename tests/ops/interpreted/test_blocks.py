@@ -342,3 +342,22 @@ def test_heavy_tiles_come_first_and_none_is_lost():
         assert bool((weight.diff() <= 1).all())  # within a class of weight any order will do
     spans = lists.spans(counts, indices, 32, 32, 32, 16, 200, 200, lists.Window()).view(-1, 4)
     assert torch.equal(items[:, 1:5], spans[items[:, 0].long()])
+
+
+@pytest.mark.parametrize("rank", [0, 2])
+@pytest.mark.parametrize(("length", "total"), [(70, 128), (200, 64), (1, 192)])
+def test_queries_behind_all_keys_see_every_key_of_their_blocks(length, total, rank):
+    q, k, v = problem(4, 2, length, total, 64)
+    block_map = random_map(q, k, 32, 64)
+    p = pose(q, k, v, block_map, 32, 64)._replace(causal=False)
+    expected_logits = q.double() @ spread_heads(k, 4).double().mT * SCALE
+    if rank:
+        g = torch.Generator().manual_seed(2)
+        bias = (torch.randn(1, 4, length, rank, generator=g), torch.randn(1, 2, total, rank, generator=g))
+        p = p._replace(bias=columns(q, bias, None, scale=SCALE, multiple=16))
+        expected_logits = expected_logits + bias[0].double() @ spread_heads(bias[1], 4).double().mT
+    out, lse, _ = blocks.forward(p, need_entropy=False)
+    expected_logits.masked_fill_(~seen_by(block_map, 32, 64, length, total), float("-inf"))
+    torch.testing.assert_close(lse.double(), expected_logits.logsumexp(-1), atol=1e-4, rtol=1e-4)
+    weights = expected_logits.softmax(-1).nan_to_num()
+    torch.testing.assert_close(out.double(), weights @ spread_heads(v, 4).double(), atol=1e-4, rtol=1e-4)
