@@ -2,6 +2,7 @@
 
 from .block_lists import BlockLists
 from .blocks import attend_blocks
+from .boxes import attend_boxes
 from .dense import attend
 from .merge import merge, merge_many
 from .numbers import checked_numbers
@@ -23,6 +24,7 @@ __all__ = [
     "attend",
     "attend_band",
     "attend_blocks",
+    "attend_boxes",
     "attend_masked",
     "attend_padded",
     "attend_ragged",

@@ -243,7 +243,20 @@ def _check_rest(q: Tensor, k: Tensor, scale: float, softcap: float | None, start
 
 
 def _by_kernel(
-    q, k, v, lists: BlockLists, scale, starts, need_entropy, sink=None, recent=None, *, gluon, causal=True, bias=None, mass=None
+    q,
+    k,
+    v,
+    lists: BlockLists,
+    scale,
+    starts,
+    need_entropy,
+    sink=None,
+    recent=None,
+    *,
+    gluon,
+    causal=True,
+    bias=None,
+    mass=None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     from foveal.ops.gpu import bias as gpu_bias
     from foveal.ops.gpu import blocks_op

@@ -7,7 +7,7 @@ Queries are `[batch, heads, length, head_dim]`, keys and values `[batch, kv_head
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
 
@@ -17,9 +17,7 @@ from torch import Tensor
 
 from foveal.errors import InputError
 from foveal.ops import attend_blocks
-from foveal.ops.dense import spread, wide
-
-_GATHERED_NUMBERS = 1 << 24  # logits held at a time where tiles are seen in part: 64 MB in float32
+from foveal.ops.dense import wide
 
 
 @dataclass(frozen=True, eq=False)
@@ -56,7 +54,11 @@ class TokenBlocks:
 
     def to(self, device) -> TokenBlocks:
         """The same blocks on another device."""
-        return self if self.tokens.device == torch.device(device) else TokenBlocks(self.tokens.to(device), self.counts, self.tile)
+        return (
+            self
+            if self.tokens.device == torch.device(device)
+            else TokenBlocks(self.tokens.to(device), self.counts, self.tile)
+        )
 
     def permute(self, x: Tensor) -> Tensor:
         """Tokens `[..., tokens, width]` to places `[..., blocks * size, width]`; places without a token are zero."""
@@ -165,52 +167,14 @@ def attend_map(
             f"expected a bool map of {[rows, columns]} blocks of {size}, got {block_map.dtype} {list(block_map.shape)}; rebuild it"
         )
     mass = None if valid is None else valid.to(wide(q.dtype)).view(-1, 1, total).expand(batch, k.shape[1], total)
-    how = {"scale": width**-0.5 if scale is None else scale, "bias": bias, "mass": mass, "causal": False, "need_lse": True}
+    how = {
+        "scale": width**-0.5 if scale is None else scale,
+        "bias": bias,
+        "mass": mass,
+        "causal": False,
+        "need_lse": True,
+    }
     return attend_blocks(q, k, v, block_map.expand(batch, heads, rows, columns), size, **how)
-
-
-def attend_partly(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    block_map: Tensor,
-    size: int,
-    see: Callable[[Tensor, Tensor], Tensor],
-    *,
-    scale: float | None = None,
-) -> tuple[Tensor, Tensor]:
-    """Attention over blocks that are seen in part, by gathering them; exact, differentiable, no kernel of its own.
-
-    `block_map` bool `[nq, nk]`, of all heads; lengths are multiples of `size`. `see(queries [rows, size], keys [rows, n])` tells
-    by positions which keys a query sees, bool `[rows, size, n]`. Returns (out, lse); a row without keys is 0 with lse -inf.
-    """
-    check_heads(q, k, v)
-    (batch, heads), width = q.shape[:2], q.shape[3]
-    dtype, scale = wide(q.dtype), width**-0.5 if scale is None else scale
-    k, v = (spread(t, heads).to(dtype) for t in (k, v))
-    rows = q.to(dtype).unflatten(2, (-1, size))
-    within = torch.arange(size, device=q.device)
-    counts = block_map.sum(-1)
-    outs, lses, order = [], [], []
-    for count in counts.unique().tolist():
-        members = (counts == count).nonzero()[:, 0]
-        for some in members.split(max(1, _GATHERED_NUMBERS // max(1, batch * heads * size * size * count))):
-            order.append(some)
-            if not count:
-                outs.append(v.new_zeros(batch, heads, len(some), size, v.shape[-1]))
-                lses.append(v.new_full((batch, heads, len(some), size), -math.inf))
-                continue
-            keys = (block_map[some].nonzero()[:, 1].view(-1, count, 1) * size + within).flatten(1)
-            hidden = ~see(some[:, None] * size + within, keys)
-            x = (rows[:, :, some] @ k[:, :, keys].mT * scale).masked_fill(hidden, -math.inf)
-            blind = hidden.all(-1)
-            x = x.masked_fill(blind[..., None], 0.0)  # no NaN, neither in values nor in gradients
-            weights = x.softmax(-1).masked_fill(blind[..., None], 0.0)
-            outs.append(weights @ v[:, :, keys])
-            lses.append(x.logsumexp(-1).masked_fill(blind, -math.inf))
-    back = torch.cat(order).argsort()
-    out, lse = torch.cat(outs, 2)[:, :, back].flatten(2, 3), torch.cat(lses, 2)[:, :, back].flatten(2, 3)
-    return out.to(q.dtype), lse
 
 
 def attend_grid(

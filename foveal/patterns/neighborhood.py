@@ -17,9 +17,10 @@ import torch
 from torch import Tensor
 
 from foveal.errors import InputError
-from foveal.ops import merge
+from foveal.ops import attend_boxes, merge
+from foveal.ops.boxes import Boxes
 
-from .blocks import TokenBlocks, attend_map, attend_partly, check_heads, fit_tile, tile_blocks
+from .blocks import TokenBlocks, attend_map, check_heads, fit_tile, tile_blocks
 
 TILES = {1: (128,), 2: (8, 16), 3: (2, 8, 8)}
 """128 tokens, as compact as the grid allows, as in the paper's token permutation."""
@@ -91,8 +92,8 @@ def neighborhood_attention(
     """Attention within neighbourhoods: q `[batch, heads, prod(shape), head_dim]`, k and v alike with any KV heads.
 
     `extra`: keys and values off the grid (text) that every query sees, a second attention joined by log-sum-exp. `tile`: tokens
-    along each axis that are computed together, `TILES` unless given. Tiles seen as a whole go through the block kernels, tiles seen in
-    part are gathered and masked: a pattern without such tiles (`simulate(...).block_sparse`) runs on the kernels alone.
+    along each axis that are computed together, `TILES` unless given. Tiles seen as a whole and tiles seen in part are two attentions,
+    joined by log-sum-exp; a pattern without the latter (`simulate(...).block_sparse`) needs one.
     Returns (out, lse). Raises `InputError` for inputs that are not the grid's and for tiles beyond an axis.
     """
     check_heads(q, k, v)
@@ -125,16 +126,7 @@ class _Group:
     blocks: TokenBlocks
     whole: Tensor | None
     part: Tensor | None
-    coordinates: tuple[Tensor, ...]  # of each place, within the group
-    bounds: tuple[tuple[Tensor, Tensor], ...]  # first and last key along each axis, of each place
-
-    def see(self, queries: Tensor, keys: Tensor) -> Tensor:
-        """Which key places the query places see, as `attend_partly` asks for it."""
-        seen = self.blocks.valid[keys][:, None]
-        for at, (first, last) in zip(self.coordinates, self.bounds, strict=True):
-            key = at[keys][:, None]
-            seen = seen & (key >= first[queries][..., None]) & (key <= last[queries][..., None])
-        return seen
+    boxes: Boxes  # of places, by coordinates within the group
 
 
 @lru_cache(maxsize=4)  # every layer of a model asks for the same
@@ -148,12 +140,14 @@ def _groups(hood: Neighborhood, tile: tuple[int, ...], device: torch.device) -> 
         local = blocks.tokens
         windows = [hood.windows(axis, n) for axis, n in enumerate(shape)]
         whole, part = (m.to(device) if bool(m.any()) else None for m in _maps(windows, shape, here))
-        places = torch.unravel_index(local.flatten().clamp(min=0), shape)
-        bounds = tuple((a[at].to(device), b[at].to(device)) for (a, b), at in zip(windows, places, strict=True))
+        places = torch.stack(torch.unravel_index(local.flatten().clamp(min=0), shape))
+        bounds = torch.stack([torch.stack([w[n][at] for w, at in zip(windows, places, strict=True)]) for n in (0, 1)])
+        at = places.masked_fill(local.flatten() < 0, -1)  # beyond all windows
+        boxes = Boxes(bounds.to(device, torch.int32), at.to(device, torch.int32))
         tokens = members.flatten()
         if shape != hood.shape:
             blocks = TokenBlocks(torch.where(local >= 0, tokens[local], -1), (len(local),))
-        found.append(_Group(tokens.to(device), blocks.to(device), whole, part, tuple(at.to(device) for at in places), bounds))
+        found.append(_Group(tokens.to(device), blocks.to(device), whole, part, boxes))
     return found
 
 
@@ -165,7 +159,8 @@ def _attend_group(q: Tensor, k: Tensor, v: Tensor, group: _Group, scale: float |
         valid = None if blocks.place.numel() == blocks.valid.numel() else blocks.valid
         found.append(attend_map(q, k, v, group.whole, (blocks.size, blocks.size), scale=scale, valid=valid))
     if group.part is not None:
-        found.append(attend_partly(q, k, v, group.part, blocks.size, group.see, scale=scale))
+        how = {"scale": q.shape[-1] ** -0.5 if scale is None else scale}
+        found.append(attend_boxes(q, k, v, group.part, blocks.size, group.boxes, **how))
     out, lse = found[0] if len(found) == 1 else merge(*found[0], *found[1])
     return blocks.restore(out), blocks.restore(lse[..., None])[..., 0]
 

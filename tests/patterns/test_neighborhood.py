@@ -7,6 +7,8 @@ import pytest
 import torch
 
 from foveal.errors import InputError
+from foveal.ops import attend_boxes
+from foveal.ops.boxes import Boxes
 from foveal.patterns.blocks import tile_blocks
 from foveal.patterns.neighborhood import Neighborhood, best_stride, neighborhood_attention, simulate
 
@@ -141,3 +143,15 @@ def test_bad_input_is_refused():
         neighborhood_attention(q, q, q, Neighborhood((9,), 3))
     with pytest.raises(InputError, match="tile"):
         neighborhood_attention(q, q, q, Neighborhood((8,), 3), tile=(9,))
+
+
+def test_boxes_of_another_grid_are_refused():
+    q, k, v = (torch.randn(1, 2, 8, 4) for _ in range(3))
+    boxes = Boxes(torch.zeros(2, 1, 8, dtype=torch.int32), torch.zeros(1, 8, dtype=torch.int32))
+    block_map = torch.ones(2, 2, dtype=torch.bool)
+    with pytest.raises(InputError, match="multiples of 3"):
+        attend_boxes(q, k, v, block_map, 3, boxes, scale=1.0)
+    with pytest.raises(InputError, match="one of each query and key"):
+        attend_boxes(q, k, v, block_map, 4, Boxes(boxes.bounds[..., :4], boxes.at), scale=1.0)
+    with pytest.raises(InputError, match="int32"):
+        attend_boxes(q, k, v, block_map, 4, Boxes(boxes.bounds.float(), boxes.at), scale=1.0)

@@ -54,6 +54,12 @@ def visible(position, key, first, sink, recent, PACKED: tl.constexpr, BAND: tl.c
 
 
 @triton.jit
+def within(at, low, high):
+    """Whether coordinates lie between bounds, which count; the shapes broadcast."""
+    return (at >= low) & (at <= high)
+
+
+@triton.jit
 def list_start(INDICES, place, row, width, BLOCK: tl.constexpr, STEP: tl.constexpr):
     """First key (or query) of the list's tile number `place`."""
     PARTS: tl.constexpr = BLOCK // STEP
@@ -64,9 +70,10 @@ def list_start(INDICES, place, row, width, BLOCK: tl.constexpr, STEP: tl.constex
 
 @triton.jit
 def _absorb(
-    q, K, V, phi, PK, batch, kv_head, phi_head, start, acc, top, mass, heat, factor, position, first, sink, recent,
-    MASK: tl.constexpr, PACKED: tl.constexpr, BAND: tl.constexpr, ENTROPY: tl.constexpr, STEP: tl.constexpr, D: tl.constexpr,
-    R: tl.constexpr,
+    q, K, V, phi, PK, AT, batch, kv_head, phi_head, start, keys, acc, top, mass, heat, factor, position, first, sink, recent,
+    lo0, hi0, lo1, hi1, lo2, hi2,
+    MASK: tl.constexpr, PACKED: tl.constexpr, BAND: tl.constexpr, AXES: tl.constexpr, ENTROPY: tl.constexpr, STEP: tl.constexpr,
+    D: tl.constexpr, R: tl.constexpr,
 ):  # fmt: skip
     """One tile of keys into the running softmax: weighted values, maximum, sum, and sum of weight times logit."""
     k = K.load([batch, kv_head, start, 0]).reshape([STEP, D])
@@ -76,6 +83,13 @@ def _absorb(
     if MASK:
         key = start + tl.arange(0, STEP)
         s = tl.where(visible(position[:, None], key[None, :], first[:, None], sink, recent, PACKED, BAND), s, _HIDDEN)
+    if AXES > 0:
+        at = AT + start + tl.arange(0, STEP)
+        s = tl.where(within(tl.load(at)[None, :], lo0[:, None], hi0[:, None]), s, _HIDDEN)
+        if AXES > 1:
+            s = tl.where(within(tl.load(at + keys)[None, :], lo1[:, None], hi1[:, None]), s, _HIDDEN)
+        if AXES > 2:
+            s = tl.where(within(tl.load(at + 2 * keys)[None, :], lo2[:, None], hi2[:, None]), s, _HIDDEN)
     new = tl.maximum(top, tl.max(s, 1) * factor)
     p = tl.exp2(s * factor - new[:, None])
     keep = tl.exp2(top - new)
@@ -87,13 +101,13 @@ def _absorb(
     return tl.dot(p.to(v.dtype), v, acc), new, mass, heat
 
 
-@triton.jit(do_not_specialize=["heads", "length", "total", "tiles", "rows", "width"])
+@triton.jit(do_not_specialize=["heads", "length", "total", "keys", "tiles", "rows", "width"])
 def _forward(
-    Q, K, V, PQ, PK, OUT, LSE, HEAT, INDICES, ITEMS, FIRST, SINK, RECENT,
-    stride_b, stride_h, stride_l, heads, length, total, tiles, rows, width, factor,
+    Q, K, V, PQ, PK, OUT, LSE, HEAT, INDICES, ITEMS, FIRST, SINK, RECENT, BOUNDS, AT,
+    stride_b, stride_h, stride_l, heads, length, total, keys, tiles, rows, width, factor,
     GROUP: tl.constexpr, SHARE: tl.constexpr, HEAD_DIM: tl.constexpr, D: tl.constexpr, R: tl.constexpr, ROW: tl.constexpr,
     TILE: tl.constexpr, BLOCK: tl.constexpr, STEP: tl.constexpr, PACKED: tl.constexpr, BAND: tl.constexpr,
-    ENTROPY: tl.constexpr, ITEM: tl.constexpr, STAGES: tl.constexpr,
+    AXES: tl.constexpr, ENTROPY: tl.constexpr, ITEM: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     item = ITEMS + tl.program_id(0) * ITEM
     number = tl.load(item)
@@ -109,6 +123,14 @@ def _forward(
         first = tl.load(FIRST + position, mask=position < total, other=0)
     if BAND:
         sink, recent = tl.load(SINK + head), tl.load(RECENT + head)
+    lo0, hi0, lo1, hi1, lo2, hi2 = position, position, position, position, position, position
+    if AXES > 0:  # rows past the end read the last one: they are not stored
+        bound = BOUNDS + tl.minimum(query, length - 1)
+        lo0, hi0 = tl.load(bound), tl.load(bound + AXES * length)
+    if AXES > 1:
+        lo1, hi1 = tl.load(bound + length), tl.load(bound + (AXES + 1) * length)
+    if AXES > 2:
+        lo2, hi2 = tl.load(bound + 2 * length), tl.load(bound + (AXES + 2) * length)
     q = Q.load([batch, head, tile * TILE, 0]).reshape([TILE, D])
     phi = q
     if R > 0:
@@ -120,15 +142,15 @@ def _forward(
     for place in tl.range(a1, a2, num_stages=STAGES):
         start = list_start(INDICES, place, row, width, BLOCK, STEP)
         acc, top, mass, heat = _absorb(
-            q, K, V, phi, PK, batch, kv_head, head // SHARE, start, acc, top, mass, heat, factor, position, first, sink, recent,
-            False, PACKED, BAND, ENTROPY, STEP, D, R,
+            q, K, V, phi, PK, AT, batch, kv_head, head // SHARE, start, keys, acc, top, mass, heat, factor, position, first, sink,
+            recent, lo0, hi0, lo1, hi1, lo2, hi2, False, PACKED, BAND, AXES, ENTROPY, STEP, D, R,
         )  # fmt: skip
     for number in tl.range(0, a1 - a0 + a3 - a2, num_stages=1):
         place = tl.where(number < a1 - a0, a0 + number, a2 - a1 + a0 + number)
         start = list_start(INDICES, place, row, width, BLOCK, STEP)
         acc, top, mass, heat = _absorb(
-            q, K, V, phi, PK, batch, kv_head, head // SHARE, start, acc, top, mass, heat, factor, position, first, sink, recent,
-            True, PACKED, BAND, ENTROPY, STEP, D, R,
+            q, K, V, phi, PK, AT, batch, kv_head, head // SHARE, start, keys, acc, top, mass, heat, factor, position, first, sink,
+            recent, lo0, hi0, lo1, hi1, lo2, hi2, True, PACKED, BAND, AXES, ENTROPY, STEP, D, R,
         )  # fmt: skip
     some = mass > 0
     share = 1.0 / tl.where(some, mass, 1.0)
@@ -153,6 +175,7 @@ class Problem(NamedTuple):
     query_block, key_block: multiples of 16 tokens.  window: what narrows causality further.
     bias: what `gpu.bias.columns` makes of one, bfloat16 `[batch, heads, length, rank]` and `[batch, kv_heads or heads, total, rank]`.
     causal: the queries are the last of the keys; else they come behind all of them, and no key may be missing in a last block.
+    boxes: bounds int32 `[2, axes, length]` and coordinates int32 `[axes, total]`: a query sees the keys within its bounds.
     """
 
     q: Tensor
@@ -166,6 +189,7 @@ class Problem(NamedTuple):
     window: Window
     bias: tuple[Tensor, Tensor] | None = None
     causal: bool = True
+    boxes: tuple[Tensor, Tensor] | None = None
 
     @property
     def numbers(self) -> tuple[int, int, int]:
@@ -181,6 +205,11 @@ class Problem(NamedTuple):
     def rank(self) -> int:
         """Columns that carry the bias."""
         return 0 if self.bias is None else self.bias[0].shape[3]
+
+    @property
+    def axes(self) -> int:
+        """Axes of the boxes."""
+        return 0 if self.boxes is None else self.boxes[1].shape[0]
 
     @property
     def factors(self) -> tuple[Tensor, Tensor]:
@@ -203,18 +232,21 @@ def divisor(block: int, most: int) -> int:
     return min(block & -block, most)
 
 
-def forward_tiles(head_dim: int, query_block: int, key_block: int, need_entropy: bool, rank: int = 0) -> Tiles:
+def forward_tiles(
+    head_dim: int, query_block: int, key_block: int, need_entropy: bool, rank: int = 0, axes: int = 0
+) -> Tiles:
     """The launch for a head size: two programs a multiprocessor where the registers suffice without spills."""
     columns, rows = width(head_dim), divisor(query_block, 128)
     tight = columns == 128 and rows == 128
-    # At 128 columns and with the entropy two programs would spill: one, with twice the keys a step, is next best.
-    step = divisor(key_block, 128 if tight and need_entropy else 64)
+    # At 128 columns and with the entropy or boxes two programs would spill: one, with twice the keys a step, is next best.
+    alone = tight and (need_entropy or axes > 0)
+    step = divisor(key_block, 128 if alone else 64)
     return Tiles(
         rows,
         step,
         warps=8 if rows == 128 else 4,
         stages=3 if columns <= 64 else 2,
-        registers=128 if tight and not need_entropy and rank <= 16 else None,
+        registers=128 if tight and not alone and rank <= 16 else None,
     )
 
 
@@ -255,7 +287,7 @@ def forward(p: Problem, *, need_entropy: bool, tiles: Tiles | None = None) -> tu
     """Output `[batch, heads, length, head_dim]`, lse and entropy float32 `[batch, heads, length]` (entropy empty if unwanted)."""
     batch, heads, _, head_dim = p.q.shape
     length, _, group = p.numbers
-    tiles = tiles or forward_tiles(head_dim, p.query_block, p.key_block, need_entropy, p.rank)
+    tiles = tiles or forward_tiles(head_dim, p.query_block, p.key_block, need_entropy, p.rank, p.axes)
     out = empty_rows(batch, heads, length, head_dim, p.q)
     lse = torch.empty(batch, heads, length, dtype=torch.float32, device=p.q.device)
     entropy = torch.empty_like(lse) if need_entropy else lse.new_empty(0)
@@ -267,11 +299,11 @@ def forward(p: Problem, *, need_entropy: bool, tiles: Tiles | None = None) -> tu
     _forward[(items.shape[0],)](
         descriptor(p.q, tiles.rows), descriptor(p.k, tiles.step), descriptor(p.v, tiles.step),
         descriptor(phi_q, tiles.rows), descriptor(phi_k, tiles.step), out, lse, entropy, p.indices, items, first, sink,
-        recent, *out.stride()[:3], heads, length, p.end, -(-length // tiles.rows), p.indices.shape[2], p.indices.shape[3],
-        p.scale * _LOG2E,
+        recent, *(p.boxes or (p.counts, p.counts)), *out.stride()[:3], heads, length, p.end, p.k.shape[2],
+        -(-length // tiles.rows), p.indices.shape[2], p.indices.shape[3], p.scale * _LOG2E,
         GROUP=group, SHARE=heads // phi_k.shape[1], HEAD_DIM=head_dim, D=width(head_dim), R=p.rank, ROW=p.query_block,
-        TILE=tiles.rows, BLOCK=p.key_block, STEP=tiles.step, **p.flags, ENTROPY=need_entropy, ITEM=ITEM,
-        STAGES=tiles.stages, **tiles.options,
+        TILE=tiles.rows, BLOCK=p.key_block, STEP=tiles.step, **p.flags, AXES=p.axes,
+        ENTROPY=need_entropy, ITEM=ITEM, STAGES=tiles.stages, **tiles.options,
     )  # fmt: skip
     return out, lse, entropy
 
@@ -285,7 +317,8 @@ def variants() -> list[Variant]:
     found += [_variant_forward(128, "fp16"), _variant_forward(128, "bf16", query_block=64)]
     found += [_variant_forward(128, "bf16", key_block=32), _variant_forward(128, "bf16", query_block=16, key_block=16)]
     found += [_variant_forward(d, "bf16", **{kind: True}) for d in (64, 128) for kind in ("packed", "band", "entropy")]
-    return found + [_variant_forward(d, "bf16", rank=rank) for d in (64, 96, 128, 256) for rank in (16, 32)]
+    found += [_variant_forward(d, "bf16", rank=rank) for d in (64, 96, 128, 256) for rank in (16, 32)]
+    return found + [_variant_forward(d, "bf16", axes=axes) for d, axes in ((64, 2), (128, 1), (128, 2), (128, 3))]
 
 
 def tensordesc(dtype: str, rows: int, head_dim: int) -> str:
@@ -294,9 +327,18 @@ def tensordesc(dtype: str, rows: int, head_dim: int) -> str:
 
 
 def _variant_forward(
-    head_dim: int, dtype: str, *, query_block=128, key_block=128, packed=False, band=False, entropy=False, rank=0
+    head_dim: int,
+    dtype: str,
+    *,
+    query_block=128,
+    key_block=128,
+    packed=False,
+    band=False,
+    entropy=False,
+    rank=0,
+    axes=0,
 ) -> Variant:
-    tiles = forward_tiles(head_dim, query_block, key_block, entropy, rank)
+    tiles = forward_tiles(head_dim, query_block, key_block, entropy, rank, axes)
     signature = {n: "*i32" if n.isupper() else "i32" for n in _forward.arg_names}
     signature |= dict.fromkeys(("stride_b", "stride_h", "stride_l"), "i64") | {"factor": "fp32"}
     signature |= {"OUT": f"*{dtype}", "LSE": "*fp32", "HEAT": "*fp32", "Q": tensordesc(dtype, tiles.rows, head_dim)}
@@ -305,11 +347,11 @@ def _variant_forward(
     signature |= {n: tensordesc(factors[0], r, factors[1]) for n, r in (("PQ", tiles.rows), ("PK", tiles.step))}
     constants = {
         "GROUP": 4, "SHARE": 4, "HEAD_DIM": head_dim, "D": width(head_dim), "R": rank, "ROW": query_block,
-        "TILE": tiles.rows, "BLOCK": key_block, "STEP": tiles.step, "PACKED": packed, "BAND": band, "ENTROPY": entropy,
-        "ITEM": ITEM, "STAGES": tiles.stages,
+        "TILE": tiles.rows, "BLOCK": key_block, "STEP": tiles.step, "PACKED": packed, "BAND": band, "AXES": axes,
+        "ENTROPY": entropy, "ITEM": ITEM, "STAGES": tiles.stages,
     }  # fmt: skip
-    named = (("packed", packed), ("band", band), ("entropy", entropy), (f"rank{rank}", rank))
+    named = (("packed", packed), ("band", band), ("entropy", entropy), (f"rank{rank}", rank), (f"axes{axes}", axes))
     kinds = "".join(f"-{n}" for n, on in named if on)
     name = f"forward-{head_dim}-{dtype}-{query_block}x{key_block}{kinds}"
-    free = frozenset({"heads", "length", "total", "tiles", "rows", "width"})
+    free = frozenset({"heads", "length", "total", "keys", "tiles", "rows", "width"})
     return Variant(name, _forward, signature, constants, tiles.options, free)

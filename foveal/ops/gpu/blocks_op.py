@@ -69,6 +69,29 @@ def _(
     return out, lse, torch.empty_like(lse) if need_entropy else lse.new_empty(0)
 
 
+@torch.library.custom_op("foveal::attend_boxes", mutates_args=())
+def attend_boxes(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    counts: Tensor,
+    indices: Tensor,
+    bounds: Tensor,
+    at: Tensor,
+    query_block: int,
+    key_block: int,
+    scale: float,
+) -> tuple[Tensor, Tensor]:
+    """Output and lse over the keys of listed blocks within each query's bounds int32 `[2, axes, length]`; at: int32 `[axes, total]`."""
+    p = Problem(q, k, v, counts, indices, query_block, key_block, scale, Window(), None, False, (bounds, at))
+    return blocks.forward(p, need_entropy=False)[:2]
+
+
+@attend_boxes.register_fake
+def _(q, k, v, counts, indices, bounds, at, query_block, key_block, scale):
+    return empty_rows(*q.shape, q), q.new_empty(q.shape[:3], dtype=torch.float32)
+
+
 @torch.library.custom_op("foveal::attend_blocks_backward", mutates_args=())
 def attend_blocks_backward(
     q: Tensor,

@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 from foveal.ops import reference
 from foveal.ops.block_lists import BlockLists
 from foveal.ops.blocks import attend_band_by_blocks
+from foveal.ops.boxes import Boxes
 from foveal.ops.dense import HIDDEN
 from foveal.ops.dense import spread as spread_heads
 from foveal.ops.gpu import blocks, blocks_backward, blocks_op, lists
@@ -54,6 +55,15 @@ def agrees(result, q, k, v, visible):
         torch.testing.assert_close(entropy.double(), -torch.special.xlogy(p, p).sum(-1), atol=1e-4, rtol=1e-4)
 
 
+def without_order(result, q, k, v, visible, extra=0.0):
+    k, v = (spread_heads(t, q.shape[1]).double() for t in (k, v))
+    logits = (q.double() @ k.mT * SCALE + extra).masked_fill(~visible, float("-inf"))
+    out, lse = result[:2]
+    tolerance = max(1e-4, TOLERANCE[q.dtype])
+    torch.testing.assert_close(lse.double(), logits.logsumexp(-1), atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(out.double(), logits.softmax(-1).nan_to_num() @ v, atol=tolerance, rtol=tolerance)
+
+
 def slopes_agree(p, visible):
     """Gradients of sum(out * a) + sum(lse * b) against autograd through the reference in float64."""
     g = torch.Generator().manual_seed(5)
@@ -71,10 +81,10 @@ def slopes_agree(p, visible):
 
 
 GROUPS = [(2, 2, 64), (3, 1, 128), (4, 2, 96), (4, 1, 16), (7, 1, 64), (9, 1, 16)]
+GROUPS = [(*g, torch.float32) for g in GROUPS] + [(*g, torch.bfloat16) for g in GROUPS[1::2]]
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize(("heads", "kv_heads", "dim"), GROUPS)
+@pytest.mark.parametrize(("heads", "kv_heads", "dim", "dtype"), GROUPS)
 def test_forward_of_any_group(heads, kv_heads, dim, dtype):
     q, k, v = problem(heads, kv_heads, 65, 100, dim, dtype)
     block_map = random_map(q, k, 32, 64)
@@ -101,8 +111,13 @@ def test_forward_of_a_batch_through_strided_views():
     agrees(result, q, k, v, seen_by(block_map, 128, 64, 150, 300))
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-@pytest.mark.parametrize(("rank", "massive", "spread_over"), [(1, False, 2), (2, True, 6), (0, True, 2), (4, True, 2)])
+@pytest.mark.parametrize(
+    ("rank", "massive", "spread_over", "dtype"),
+    [
+        (1, False, 2, torch.float32), (2, True, 6, torch.float32), (0, True, 2, torch.float32), (4, True, 2, torch.float32),
+        (1, False, 2, torch.bfloat16), (2, True, 6, torch.bfloat16), (4, True, 2, torch.float16), (0, True, 2, torch.float16),
+    ],
+)  # fmt: skip
 def test_a_bias_and_masses_count_to_the_last_digit(rank, massive, spread_over, dtype):
     q, k, v = problem(6, 2, 65, 100, 64, dtype)
     g = torch.Generator().manual_seed(7)
@@ -204,8 +219,7 @@ def test_bands_with_their_lists_and_learned_sinks():
     torch.testing.assert_close(entropy.double(), -torch.special.xlogy(p, p).sum(-1), atol=1e-4, rtol=1e-4)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize(("heads", "kv_heads", "dim"), GROUPS)
+@pytest.mark.parametrize(("heads", "kv_heads", "dim", "dtype"), GROUPS)
 def test_backward_of_any_group(heads, kv_heads, dim, dtype):
     q, k, v = problem(heads, kv_heads, 65, 100, dim, dtype)
     block_map = random_map(q, k, 32, 64)
@@ -213,8 +227,13 @@ def test_backward_of_any_group(heads, kv_heads, dim, dtype):
     slopes_agree(pose(q, k, v, block_map, 32, 64), seen_by(block_map, 32, 64, 65, 100))
 
 
-@pytest.mark.parametrize("sizes", [(128, 128), (128, 32), (16, 256)])
-@pytest.mark.parametrize("lengths", [(1, 1), (1, 130), (129, 129), (128, 200)])
+@pytest.mark.parametrize(
+    ("lengths", "sizes"),
+    [
+        ((1, 1), (128, 32)), ((1, 130), (128, 128)), ((1, 130), (16, 256)), ((129, 129), (128, 32)),
+        ((129, 129), (16, 256)), ((128, 200), (128, 128)), ((128, 200), (128, 32)),
+    ],
+)  # fmt: skip
 def test_backward_of_any_length_and_block(lengths, sizes):
     q, k, v = problem(2, 1, *lengths, 16, batch=2)
     block_map = random_map(q, k, *sizes)
@@ -350,14 +369,29 @@ def test_queries_behind_all_keys_see_every_key_of_their_blocks(length, total, ra
     q, k, v = problem(4, 2, length, total, 64)
     block_map = random_map(q, k, 32, 64)
     p = pose(q, k, v, block_map, 32, 64)._replace(causal=False)
-    expected_logits = q.double() @ spread_heads(k, 4).double().mT * SCALE
+    extra = 0.0
     if rank:
         g = torch.Generator().manual_seed(2)
         bias = (torch.randn(1, 4, length, rank, generator=g), torch.randn(1, 2, total, rank, generator=g))
         p = p._replace(bias=columns(q, bias, None, scale=SCALE, multiple=16))
-        expected_logits = expected_logits + bias[0].double() @ spread_heads(bias[1], 4).double().mT
-    out, lse, _ = blocks.forward(p, need_entropy=False)
-    expected_logits.masked_fill_(~seen_by(block_map, 32, 64, length, total), float("-inf"))
-    torch.testing.assert_close(lse.double(), expected_logits.logsumexp(-1), atol=1e-4, rtol=1e-4)
-    weights = expected_logits.softmax(-1).nan_to_num()
-    torch.testing.assert_close(out.double(), weights @ spread_heads(v, 4).double(), atol=1e-4, rtol=1e-4)
+        extra = bias[0].double() @ spread_heads(bias[1], 4).double().mT
+    without_order(blocks.forward(p, need_entropy=False), q, k, v, seen_by(block_map, 32, 64, length, total), extra)
+
+
+@pytest.mark.parametrize(("dim", "dtype"), [(64, torch.float32), (96, torch.bfloat16)])
+@pytest.mark.parametrize(("heads", "kv_heads", "axes"), [(3, 1, 1), (4, 2, 2), (2, 2, 3)])
+def test_boxes_hide_what_lies_outside(heads, kv_heads, axes, dim, dtype):
+    size, length, total = 32, 96, 128
+    q, k, v = problem(heads, kv_heads, length, total, dim, dtype)
+    g = torch.Generator().manual_seed(3)
+    at = torch.randint(-1, 9, (axes, total), generator=g, dtype=torch.int32)
+    first = torch.randint(0, 5, (axes, length), generator=g, dtype=torch.int32)
+    boxes = Boxes(torch.stack([first, first + torch.randint(0, 5, (axes, length), generator=g, dtype=torch.int32)]), at)
+    boxes.bounds[1, 0, 40:50] = -2  # these see nothing though their blocks are listed
+    block_map = torch.rand(length // size, total // size, generator=g) < 0.6
+    block_map[0] = False
+    lists_of = BlockLists.of(block_map.expand(1, heads, -1, -1), size, size)
+    result = blocks_op.attend_boxes(q, k, v, lists_of.counts, lists_of.indices, *boxes, size, size, SCALE)
+    seen = ((at[:, None] >= boxes.bounds[0][..., None]) & (at[:, None] <= boxes.bounds[1][..., None])).all(0)
+    seen = seen & block_map.repeat_interleave(size, 0).repeat_interleave(size, 1)
+    without_order(result, q, k, v, seen)
