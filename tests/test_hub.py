@@ -3,6 +3,7 @@
 import json
 import os
 import zipfile
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -280,7 +281,7 @@ def test_a_truncated_file_is_a_clear_error(folder, name):
 def test_what_is_cached_is_loaded_without_network(monkeypatch):
     asked = []
     monkeypatch.setattr(
-        hub, "_pretrained", lambda path, dtype, local_files_only: asked.append(local_files_only) or (tiny(), 0)
+        hub, "_pretrained", lambda path, dtype, local_files_only, shards: asked.append(local_files_only) or (tiny(), 0)
     )
     hub.load("some/model", device="cpu")
     assert asked == [True]
@@ -297,13 +298,74 @@ def test_what_is_cached_is_loaded_without_network(monkeypatch):
     ],
 )
 def test_hub_errors_are_explained(monkeypatch, kind, said):
-    def fail(path, dtype, local_files_only):
+    def fail(path, dtype, local_files_only, shards):
         raise OSError("no such model\nand more lines") from type(kind, (Exception,), {})()
 
     monkeypatch.setattr(hub, "_pretrained", fail)
-    monkeypatch.setattr(hub.huggingface_hub, "model_info", lambda name, timeout: None)
+    monkeypatch.setattr(hub.huggingface_hub, "model_info", listing("config.json", "model-1-of-2.safetensors"))
     with pytest.raises(ModelFileError, match=f"'some/model'.*{said}"):
         hub.load("some/model")
+
+
+def listing(*files):
+    """Stands in for the hub's answer about a repository."""
+    return lambda name, timeout: SimpleNamespace(siblings=[SimpleNamespace(rfilename=file) for file in files])
+
+
+def test_pickled_weights_are_never_read(folder, monkeypatch):
+    """Neither alone nor beside safetensors, neither from a folder nor from the hub."""
+
+    class Code:
+        def __reduce__(self):
+            return (os.mkdir, (str(folder / "pwned"),))
+
+    torch.save(Code(), folder / "pytorch_model.bin")
+    hub.load(folder, device="cpu")
+    (folder / "model.safetensors").unlink()
+    with pytest.raises(
+        ModelFileError, match=r"weights as \.safetensors or one \.gguf in '.*', found neither; other formats"
+    ):
+        hub.load(folder, device="cpu")
+    assert not (folder / "pwned").exists()
+    monkeypatch.setattr(hub.huggingface_hub, "model_info", listing("config.json", "pytorch_model.bin", "a.gguf"))
+    monkeypatch.setattr(hub.AutoTokenizer, "from_pretrained", lambda *args, **kwargs: 0)
+    monkeypatch.setattr(hub.AutoModelForCausalLM, "from_pretrained", None)  # it is not even asked
+    with pytest.raises(ModelFileError, match=r"in 'some/model', found neither"):
+        hub.load("some/model", device="cpu")
+
+
+def test_code_of_a_folder_is_never_run(folder, monkeypatch):
+    settings = json.loads((folder / "config.json").read_text())
+    settings |= {
+        "model_type": "unheard-of",
+        "auto_map": {"AutoConfig": "evil.Config", "AutoModelForCausalLM": "evil.Model"},
+    }
+    (folder / "config.json").write_text(json.dumps(settings))
+    (folder / "evil.py").write_text(f"import os\nos.mkdir({str(folder / 'pwned')!r})\n")
+    monkeypatch.setattr("builtins.input", lambda *args: "y")  # what transformers asks on a terminal
+    with pytest.raises(ModelFileError, match="custom code"):
+        hub.load(folder, device="cpu")
+    assert not (folder / "pwned").exists()
+
+
+def test_one_gguf_file_is_the_model_of_a_folder(folder, monkeypatch):
+    asked = {}
+
+    def from_pretrained(path, **settings):
+        asked.update(settings)
+        return tiny()
+
+    monkeypatch.setattr(hub.AutoTokenizer, "from_pretrained", lambda path, **settings: settings["gguf_file"])
+    monkeypatch.setattr(hub.AutoModelForCausalLM, "from_pretrained", from_pretrained)
+    (folder / "small-q4.gguf").write_bytes(b"GGUF")
+    hub.load(folder, device="cpu")
+    assert asked["gguf_file"] is None  # safetensors come first
+    for name in ("model.safetensors", "config.json"):
+        (folder / name).unlink()
+    assert hub.load(folder, device="cpu")[1] == asked["gguf_file"] == "small-q4.gguf"
+    (folder / "small-q8.gguf").write_bytes(b"GGUF")
+    with pytest.raises(ModelFileError, match=r"or one \.gguf"):
+        hub.load(folder, device="cpu")
 
 
 def test_bad_devices_and_dtypes_are_refused_before_loading():

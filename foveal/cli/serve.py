@@ -61,6 +61,9 @@ def serve(
     replicas: Annotated[
         str, typer.Option(help="With --ray: how many engines, as 2 or as 1-8 to follow the load.")
     ] = "1",
+    tensor_parallel: Annotated[
+        int, typer.Option(help="Processes that hold the model together, a GPU or a part of the cores each.", min=1)
+    ] = 1,
     device: Device = None,
     dtype: Dtype = None,
 ) -> None:
@@ -94,6 +97,7 @@ def serve(
         deadline=deadline,
         device=device,
         dtype=dtype,
+        tensor_parallel=tensor_parallel,
     )
     plan.check()
     if ray:

@@ -208,7 +208,8 @@ class Job:
                 yield self._chunk(choice.index, {"delta": {}} if self.is_chat else {"text": ""}, choice.finish)
 
     def usage(self) -> dict[str, Any]:
-        """OpenAI's counts, and `kept_tokens`: keys held at the end, mean over layers and heads, all choices together."""
+        """OpenAI's counts; `kept_tokens`: keys held at the end, mean over layers and heads, all choices together; `queued_seconds`: the
+        longest that a choice waited before its prompt was read."""
         first = [next(c for c in self.choices if c.prompt == p) for p in sorted({c.prompt for c in self.choices})]
         prompt, completion = sum(c.usage.prompt for c in first), sum(c.usage.completion for c in self.choices)
         return {
@@ -217,6 +218,7 @@ class Job:
             "total_tokens": prompt + completion,
             "prompt_tokens_details": {"cached_tokens": sum(c.usage.cached for c in first)},
             "kept_tokens": sum(c.usage.kept for c in self.choices),
+            "queued_seconds": round(max(c.usage.queued for c in self.choices), 4),
         }
 
     async def _pieces(self, pictures: bool = False) -> AsyncIterator[tuple[str, Choice | None, Any]]:
@@ -289,6 +291,7 @@ class Job:
         metrics = self.api.metrics
         choice.finish, choice.usage = event.finish, event.usage or Usage()
         metrics.finished.labels(event.finish).inc()
+        metrics.queued.observe(choice.usage.queued)
         metrics.whole.observe(now - self.began)
         metrics.prompt_tokens.inc(choice.usage.prompt)
         metrics.cached_tokens.inc(choice.usage.cached)

@@ -9,8 +9,10 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import logging
+import os
 import random
 import re
+import signal
 import threading
 import time
 from collections import Counter
@@ -20,11 +22,13 @@ from typing import Any
 
 from ..errors import InputError
 from ..hub import default_device
-from .app import build_app
+from .app import Service, build_app
 from .launch import Plan
 from .request import Event, Full, NotAllowed, Request, Stats, Stream, TooLong, Unavailable, Usage
+from .run import listen, log_to_stderr
 
 try:
+    import ray
     from ray import serve
     from ray.exceptions import RayActorError
     from ray.serve.config import RequestRouterConfig
@@ -36,6 +40,10 @@ except ModuleNotFoundError as error:
 log = logging.getLogger("foveal.serve")
 PREFIX = 64  # tokens of a prompt by which requests that may share a prefix find the same replica
 _TRIES = 5
+_QUIET = {
+    "enable_access_log": False
+}  # the gate writes a line for each request, and Ray would for each question to a replica
+_GRACE = 30  # seconds for accepted requests when replicas go
 
 
 class PrefixRouter(FIFOMixin, RequestRouter):
@@ -121,6 +129,7 @@ class RemoteWorker:
         self._handle, self._described, self.max_live = handle, described, max_live
         self._live: set[asyncio.Task] = set()
         self._draining = False
+        self._heard = True
         self._stats = Stats()
         self._finished: Counter[str] = Counter()
         self._closed = threading.Event()
@@ -254,10 +263,14 @@ class RemoteWorker:
     def _ask_all(self, name: str, *arguments: Any, timeout: float) -> list[Any]:
         """What every replica says; an exception for one that is going, nothing where none is there."""
         try:
-            return self._handle.broadcast(name, *arguments).results(timeout_s=timeout, return_exceptions=True)
+            found = self._handle.broadcast(name, *arguments).results(timeout_s=timeout, return_exceptions=True)
         except Exception as error:
-            log.warning("the replicas could not be asked: %s", type(error).__name__)
+            if self._heard:
+                log.warning("the replicas could not be asked: %s", type(error).__name__)
+            self._heard = False
             return []
+        self._heard = True
+        return found
 
 
 class _Busy(Exception):
@@ -310,13 +323,19 @@ def application(
         max_ongoing_requests=max_running + max_waiting,
         health_check_period_s=2,
         health_check_timeout_s=30,
-        graceful_shutdown_timeout_s=30,
+        graceful_shutdown_timeout_s=_GRACE,
+        logging_config=_QUIET,
         ray_actor_options=resources,
         request_router_config=RequestRouterConfig(request_router_class=PrefixRouter),
         **scale,
     ).bind(make_worker)
     front = serve.deployment(
-        serve.ingress()(Front), name="front", max_ongoing_requests=10_000, ray_actor_options={"num_cpus": 0}
+        serve.ingress()(Front),
+        name="front",
+        max_ongoing_requests=10_000,
+        graceful_shutdown_timeout_s=_GRACE,
+        logging_config=_QUIET,
+        ray_actor_options={"num_cpus": 0},
     )
     return front.bind(engines, make_service, most * (max_running + max_waiting))
 
@@ -326,21 +345,72 @@ def _scaling(fewest: int, most: int, running: int) -> dict[str, float]:
 
 
 def serve_on_ray(plan: Plan, replicas: str) -> None:
-    """`foveal serve --ray`: deploy on the cluster of $RAY_ADDRESS, or one started here, and stay until a signal to stop."""
+    """`foveal serve --ray`: deploy on the cluster of $RAY_ADDRESS, or one started here, and stay until a signal to stop, which lets
+    accepted requests finish. Raises InputError for a number of replicas that is none, a port in use here, or engines that do not start.
+    """
     found = re.fullmatch(r"(\d+)(?:-(\d+))?", replicas)
     few, many = (int(found[1]), int(found[2] or found[1])) if found else (0, 0)
     if not 1 <= few <= many:
         raise InputError(f"--replicas {replicas}: expected a number as 2, or a range as 1-8")
+    keys = plan.keys  # digests: the keys themselves, and the file they are in, stay here
+    plan = replace(plan, api_keys=(), api_key_file=None, without_key=True)
+    if "RAY_ADDRESS" not in os.environ:
+        listen(plan.host, plan.port).close()  # else Ray's proxy would try for ever
     gpu = (plan.device or str(default_device())).startswith("cuda")
-    serve.start(proxy_location="HeadOnly", http_options={"host": plan.host, "port": plan.port})
+
+    def service(worker: RemoteWorker) -> Service:
+        log_to_stderr()  # of the front's process: Ray passes it on
+        made = plan.service(worker, plan.tokenizer())
+        made.keys = keys
+        return made
 
     app = application(
-        plan.worker,
-        lambda worker: plan.service(worker, plan.tokenizer()),
+        plan.replica,
+        service,
         replicas=few if few == many else (few, many),
         max_running=plan.max_running,
         max_waiting=plan.max_waiting,
-        num_cpus=1,
-        num_gpus=int(gpu),
+        num_cpus=plan.tensor_parallel,
+        num_gpus=int(gpu) * plan.tensor_parallel,
     )
-    serve.run(app, name="foveal", blocking=True)
+    log_to_stderr()
+    try:
+        serve.start(
+            proxy_location="HeadOnly",
+            http_options={"host": plan.host, "port": plan.port},
+            logging_config=_QUIET,
+        )
+    except Exception as error:  # Ray's own are of many kinds
+        raise InputError(f"Ray cannot be started or reached: {_reason(str(error))}") from error
+    before = {number: signal.signal(number, _stop) for number in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        serve.run(app, name="foveal", blocking=False)
+        log.info("serving at http://%s, %s engines; Ctrl-C stops", plan.authority, replicas)
+        threading.Event().wait()
+    except _Stop:
+        log.info("stopping: accepted requests have %d s", _GRACE)
+    except RuntimeError as error:
+        deployments = serve.status().applications["foveal"].deployments
+        said = "\n".join([str(error), *(found.message for found in deployments.values())])
+        raise InputError(f"the engines did not start: {_reason(said)}") from error
+    finally:
+        for number in before:
+            signal.signal(number, signal.SIG_IGN)  # once is enough: replicas are given their time
+        serve.delete("foveal")
+        ray.shutdown()
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+class _Stop(BaseException):
+    """A signal to stop."""
+
+
+def _stop(*_) -> None:
+    raise _Stop
+
+
+def _reason(text: str) -> str:
+    """What a replica's own exception said, out of the traceback that Ray quotes."""
+    found = re.findall(r"(?m)^\S*(?:Error|UnsupportedModel): (.+)$", text)
+    return found[-1] if found else text.partition("\n")[0]

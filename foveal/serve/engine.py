@@ -5,6 +5,9 @@ own keys, positions and random numbers. So what a request comes to does not depe
 of matrix products over batches of other sizes: log-probabilities agree within 1e-4 in float32 (so the tests; about 2e-6 as a rule),
 and greedy tokens are the same unless two are that close.
 
+Where several processes hold the model together (`ranks`), each runs an engine over its own heads, and all take the same steps: rank 0
+says who has come and who is over, and chooses the tokens; the bytes of a cache are those of the rank where it is largest.
+
 Not for use from several threads; `Worker` runs it in one.
 """
 
@@ -27,6 +30,7 @@ from ..store import Layout
 from .batch import Batch
 from .menu import Gate, Menu, end_tokens, token_bytes
 from .prefix import Prefixes
+from .ranks import Alone, First, Other
 from .reader import Reader
 from .request import Event, Finish, Request, Stats, Stream, Usage
 from .sampling import Choice, Chooser, choose
@@ -40,7 +44,7 @@ TRIES = 2  # times a sequence may be in a step that fails
 
 
 class Engine:
-    """`model` attached, and whoever uses it. Parameters as in `Worker`."""
+    """`model` attached, and whoever uses it. Parameters as in `Worker`; memory is shared out evenly to the ranks."""
 
     def __init__(
         self,
@@ -57,10 +61,14 @@ class Engine:
         chunk: int | None = None,
         layout: Layout | None = None,
         prefix: bool = True,
+        ranks: Alone | First | Other | None = None,
     ):
         self.model, self.tokenizer, self.device = model, tokenizer, model.device
+        self.ranks = ranks or Alone()
+        memory //= self.ranks.count
         self.menu = Menu(method, budget, allow or {}, budgets)
-        self.session = attach(model, self.menu.pick(None, None), layout=layout)
+        alone = self.ranks.count == 1  # a captured step would hold the exchange between processes
+        self.session = attach(model, self.menu.pick(None, None), layout=layout, graphs=alone)
         try:
             for m in self.menu:
                 self.session.use(m)  # sets it up: what it needs and the model lacks is said now
@@ -70,7 +78,7 @@ class Engine:
             self.session.close()
             raise
         chunk = chunk or CHUNK.get(self.device.type, CHUNK["cuda"])
-        self.prefixes = Prefixes(chunk, memory // 2) if prefix else None
+        self.prefixes = Prefixes(chunk, memory // 2, self.ranks.most) if prefix else None
         self.reader = Reader(self.session, self._forward, chunk, self.prefixes)
         self.batches: list[Batch] = []
         self.ends = end_tokens(model, tokenizer)
@@ -79,6 +87,7 @@ class Engine:
         self.busy_seconds = self.model_seconds = 0.0
         self.finished: Counter[str] = Counter()
         self._lately: deque[tuple[float, int]] = deque()
+        self._come: list[Request] = []  # of which the other ranks have not heard
 
     # ------------------------------------------------------------------ requests come
 
@@ -89,6 +98,12 @@ class Engine:
         size = token_bytes(self.session, method)
         return Live(request, stream, method, written(method), most, size, text, Chooser(request.sampling))
 
+    def add(self, live: Live) -> None:
+        """Queue it."""
+        self.schedule.add(live)
+        if self.ranks.count > 1:
+            self._come.append(live.request)
+
     def _decode_text(self, ids: list[int]) -> str:
         if self.tokenizer is None:
             return ""
@@ -96,11 +111,29 @@ class Engine:
 
     # ------------------------------------------------------------------ one step
 
-    @torch.no_grad()
     def step(self) -> None:
         """Let go of who is over, make room, read a chunk, decode a token each."""
+        over = self.schedule.ended(time.monotonic())
+        come, self._come = self._come, []
+        self.ranks.tell("step", come, [(live.request.id, why) for live, why in over])
+        self._step(over)
+
+    def follow(self) -> None:
+        """On another rank: do what rank 0 does, until it says that it is over."""
+        while (told := self.ranks.hear())[0] != "close":
+            if told[0] == "kept":
+                self._kept(told[1])
+                continue
+            _, come, over = told
+            for request in come:
+                self.schedule.add(self.make(request, Stream(request)))
+            known = {live.request.id: live for live in self.schedule.all()}
+            self._step([(known[id], why) for id, why in over])
+
+    @torch.no_grad()
+    def _step(self, over: Sequence[tuple[Live, Finish]]) -> None:
         start = time.perf_counter()
-        self._finish(self.schedule.ended(time.monotonic()))
+        self._finish(over)
         self._admit()
         self._read()
         for batch in list(self.batches):
@@ -114,7 +147,7 @@ class Engine:
         stores = [b.store for b in self.batches]
         if self.schedule.reading is not None and self.schedule.reading.store is not None:
             stores.append(self.schedule.reading.store)
-        self.held = sum(s.nbytes for s in stores)
+        self.held = self.ranks.most(sum(s.nbytes for s in stores))
         self.used = self.held + (self.prefixes.nbytes if self.prefixes else 0)
 
     def _relieve(self) -> None:
@@ -159,6 +192,7 @@ class Engine:
             pass
         if fits or not self.schedule.running:
             self.schedule.start(live)
+            live.begun = live.begun or time.monotonic()
 
     # ------------------------------------------------------------------ reading prompts
 
@@ -173,7 +207,7 @@ class Engine:
             if logits is None:
                 return
             self.prompt_tokens += len(live.request.prompt_ids) if not live.tokens else 0
-            if not live.tokens and self._accept([live], self._timed(choose, logits, [live.chooser])):
+            if not live.tokens and self._accept([live], self._timed(self._choose, logits, [live])):
                 return
             self._join(live)
         except Exception as error:
@@ -214,7 +248,10 @@ class Engine:
             return []
         if len(due) < len(logits):
             logits = logits[[b for b, _ in due]]
-        return choose(logits, [live.chooser for _, live in due])
+        return self._choose(logits, [live for _, live in due])
+
+    def _choose(self, logits: torch.Tensor, lives: Sequence[Live]) -> list[Choice]:
+        return self.ranks.same(lambda: choose(logits, [live.chooser for live in lives]))
 
     def _forward(self, store: Store, **inputs) -> torch.Tensor:
         more = {"logits_to_keep": 1} if self.only_last else {}
@@ -256,9 +293,9 @@ class Engine:
             live.stream.put(Event("end", text=live.text.flush(), finish=why, usage=usage))
 
     def _usage(self, live: Live) -> Usage:
-        kept = self.kept(live.request.id) or [[0]]
+        kept = self._kept(live.request.id) or [[0]]
         mean = sum(map(sum, kept)) / max(1, sum(map(len, kept)))
-        return Usage(len(live.request.prompt_ids), len(live.tokens), live.cached, round(mean))
+        return Usage(len(live.request.prompt_ids), len(live.tokens), live.cached, round(mean), live.queued)
 
     def _leave(self, lives: Sequence[Live]) -> None:
         """Free what they hold, whatever they were doing."""
@@ -281,8 +318,8 @@ class Engine:
 
     def _failed(self, lives: Sequence[Live], error: Exception) -> None:
         """A step failed: its caches are half-way between two tokens, so all in it begin anew, once; then they are told."""
-        if "CUDA error" in str(error):  # nothing works in this process any more
-            raise error
+        if "CUDA error" in str(error) or self.ranks.count > 1:
+            raise error  # nothing works in this process any more; or the other ranks, which may not have failed, wait for its part
         log.warning("a step with %d requests failed", len(lives), exc_info=error)
         self._leave(lives)
         for live in lives:
@@ -297,6 +334,15 @@ class Engine:
 
     def kept(self, id: str) -> list[list[int]] | None:
         """Keys held per layer and KV head, [layers][kv_heads]; None for who holds none."""
+        self.ranks.tell("kept", id)
+        return self._kept(id)
+
+    def _kept(self, id: str) -> list[list[int]] | None:
+        """The heads of all ranks, whose engines are all asked now."""
+        found = self.ranks.gather(self._own_kept(id))
+        return None if None in found else [[n for own in layer for n in own] for layer in zip(*found, strict=True)]
+
+    def _own_kept(self, id: str) -> list[list[int]] | None:
         for batch in self.batches:
             for live in batch.members:
                 if live.request.id == id:
@@ -314,10 +360,10 @@ class Engine:
         return Stats(
             running=len(lives),
             waiting=len(self.schedule.waiting),
-            bytes_used=self.held,
-            prefix_bytes=self.used - self.held,
-            bytes_limit=self.schedule.limit,
-            dense_bytes=sum((x.read + x.fed) * x.token_bytes for x in lives),
+            bytes_used=self.held * self.ranks.count,
+            prefix_bytes=(self.used - self.held) * self.ranks.count,
+            bytes_limit=self.schedule.limit * self.ranks.count,
+            dense_bytes=sum((x.read + x.fed) * x.token_bytes for x in lives) * self.ranks.count,
             tokens_per_second=sum(n for _, n in self._lately) / LATELY,
             preemptions=self.schedule.preemptions,
             prefix_hits=self.prefixes.hits if self.prefixes else 0,
@@ -336,5 +382,5 @@ class Engine:
         self.schedule.clear()
         if self.prefixes is not None:
             self.prefixes.clear()
-        self._count()
+        self.held = self.used = 0
         self.session.close()

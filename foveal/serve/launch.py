@@ -4,16 +4,15 @@ from __future__ import annotations
 
 import asyncio
 import math
+import os
 import socket
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from transformers import AutoTokenizer
-
 from ..default_model import default_folder
 from ..errors import InputError, ModelFileError
-from ..hub import DEFAULT_MODEL, load
+from ..hub import DEFAULT_MODEL, check_files, load, load_tokenizer
 from ..hub import _explained as explained
 from ..method import Budget, get_method
 from ..profile import Profile, load_profile
@@ -21,16 +20,17 @@ from ..spec import parse, written
 from .app import Service
 from .keys import Keys
 from .limits import Guard, Limits, is_loopback
-from .run import HttpServer, log_to_stderr
+from .run import HttpServer, end_with, log_to_stderr
+from .together import start
 from .worker import Worker
 
-_SAFE = ("*.safetensors", "*.gguf")
-_WITH_WEIGHTS = ("*.json", "*.jinja", "*.txt", "*.model", *_SAFE)
+_WITH_WEIGHTS = ("*.json", "*.jinja", "*.txt", "*.model", "*.safetensors")  # not all GGUFs of a repository
 
 
 @dataclass(frozen=True)
 class Plan:
-    """What to serve, how and for whom: the command's options by the same names. memory in GiB, deadline in seconds."""
+    """What to serve, how and for whom: the command's options by the same names. memory in GiB, deadline in seconds. tensor_parallel:
+    processes that hold the model together."""
 
     model: str | None = None
     method: str | None = None
@@ -54,6 +54,7 @@ class Plan:
     deadline: float = 600.0
     device: str | None = None
     dtype: str | None = None
+    tensor_parallel: int = 1
 
     @property
     def authority(self) -> str:
@@ -103,40 +104,48 @@ class Plan:
             raise InputError(
                 f"--host {self.host} lets other machines in, and there is no API key: set FOVEAL_API_KEY, or say --without-key"
             )
-        if self.model is not None:
+        if self.model is not None and Path(self.model).expanduser().is_dir():
             check_files(self.model)
         return None if self.profile is None else load_profile(self.profile)
 
     def worker(self):
         """Load the model and start an engine: `(worker, tokenizer)`. Raises InputError for a profile of another model, or
         memory that cannot hold one request."""
-        profile = self.check()
-        model, tokenizer = load(safe_source(self.wanted), device=self.device, dtype=self.dtype)
+        profile, source = self.check(), safe_source(self.wanted)
         method, budget = (None, None) if self.method == "dense" else (self.method, self.budget)
+        settings = {
+            "allow": self.offered,
+            "budgets": self.budgets,
+            "memory": int(self.memory * 2**30),
+            "max_waiting": self.max_waiting,
+            "max_running": self.max_running,
+            "max_per_key": self.max_per_key,
+            "context": self.context,
+        }
+        where = {"device": self.device, "dtype": self.dtype}
+        if self.tensor_parallel > 1:
+            return start(
+                source, self.tensor_parallel, profile=profile, method=method, budget=budget, **where, **settings
+            )
+        model, tokenizer = load(source, **where)
         if profile is not None:
             with profile.attach(model):  # refuses another model
                 method = written(profile.method)
-        worker = Worker(
-            model,
-            tokenizer,
-            method=method,
-            budget=budget,
-            allow=self.offered,
-            budgets=self.budgets,
-            memory=int(self.memory * 2**30),
-            max_waiting=self.max_waiting,
-            max_running=self.max_running,
-            max_per_key=self.max_per_key,
-            context=self.context,
-            layout=profile.layout if profile else None,
-        )
+        layout = profile.layout if profile else None
+        return Worker(model, tokenizer, method=method, budget=budget, layout=layout, **settings), tokenizer
+
+    def replica(self):
+        """As `worker`, for a process that others stand in for: it ends at once when another one that holds the model with it is lost."""
+        worker, tokenizer = self.worker()
+        if self.tensor_parallel > 1:
+            worker.ranks.on_lost = lambda why: os._exit(1)
         return worker, tokenizer
 
     def tokenizer(self):
         """The model's tokenizer alone, for a process that has no model."""
         source = safe_source(self.wanted)
         folder = default_folder() if source in (None, DEFAULT_MODEL) else source
-        return AutoTokenizer.from_pretrained(folder, local_files_only=True)
+        return load_tokenizer(folder)
 
     def service(self, worker: Worker, tokenizer) -> Service:
         """The service around an engine."""
@@ -160,6 +169,9 @@ class Plan:
         def ready() -> None:
             doing = server.service.worker.methods.get("default", "dense")
             keyed = "with API keys" if self.keys else "without API keys"
+            if self.tensor_parallel > 1:
+                doing += f", {self.tensor_parallel} processes"
+                server.watch(end_with(server.service.worker))
             say(
                 f"serving {server.service.name} ({doing}) at http://{self.authority}, {keyed}; chat page at /, Ctrl-C stops"
             )
@@ -167,17 +179,8 @@ class Plan:
         asyncio.run(server.run_on(listener, ready))
 
 
-def check_files(model: str) -> None:
-    """Raise ModelFileError for a local folder whose weights are not in safetensors or GGUF: other formats can run code."""
-    folder = Path(model).expanduser()
-    if folder.is_dir() and not any(next(folder.glob(pattern), None) for pattern in _SAFE):
-        raise ModelFileError(
-            f"expected weights as .safetensors or .gguf in '{model}': save the model with safetensors first"
-        )
-
-
 def safe_source(model: str | None) -> str | None:
-    """A name `foveal.load` takes, of which only safetensors or GGUF weights can be loaded: for a hub id, a folder with nothing else."""
+    """A name `foveal.load` takes; for a hub id the folder of its safetensors and what belongs to them, with nothing else."""
     if model in (None, DEFAULT_MODEL) or Path(model).expanduser().exists():
         return model
     import huggingface_hub
@@ -189,5 +192,5 @@ def safe_source(model: str | None) -> str | None:
             return folder
         except Exception as error:  # the first time: not cached
             if not offline:
-                raise explained(model, error, local=False) from error
+                raise error if isinstance(error, ModelFileError) else explained(model, error, local=False) from error
     return model

@@ -35,6 +35,7 @@ class Metrics:
         self.generated_tokens = counter("generation_tokens", "Tokens generated, of generations that ended.")
         self.cached_tokens = counter("cached_tokens", "Prompt tokens taken from the prefix cache.")
         self.restarts = counter("engine_restarts", "Times a dead engine was replaced.")
+        self.queued = histogram("queue_time_seconds", "From submission until the prompt began to be read.", _SECONDS)
         self.first_token = histogram("time_to_first_token_seconds", "From submission to the first token.", _SECONDS)
         self.between = histogram("inter_token_latency_seconds", "Between two tokens of one answer.", _BETWEEN)
         self.whole = histogram("e2e_request_latency_seconds", "From submission to the last token.", _SECONDS)

@@ -8,10 +8,11 @@ API key, method and budget: nobody can tell from the time an answer takes what o
 from __future__ import annotations
 
 import hashlib
+import math
 import os
 from array import array
 from collections import OrderedDict
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 from ..cache import Store
@@ -30,10 +31,11 @@ class Entry:
 
 
 class Prefixes:
-    """Caches of prompt beginnings, the least recently used leave first. `most`: bytes they may hold together. `chunk`: their step."""
+    """Caches of prompt beginnings, the least recently used leave first. `most`: bytes they may hold together. `chunk`: their step.
+    largest: of a number that differs between the processes that hold a model together, the one all go by."""
 
-    def __init__(self, chunk: int, most: int):
-        self.chunk, self.most = chunk, most
+    def __init__(self, chunk: int, most: int, largest: Callable[[int], int] = int):
+        self.chunk, self.most, self.largest = chunk, most, largest
         self.salt = os.urandom(16)
         self.entries: OrderedDict[int, Entry] = OrderedDict()
         self.index: dict[bytes, Mark] = {}
@@ -59,18 +61,22 @@ class Prefixes:
             copy.crop(n - entry.length)
         return copy, n
 
-    def put(self, key: str, spec: str, prompt: Sequence[int], store: Store) -> None:
-        """Keep a copy of a cache that holds a beginning of `prompt`, whole chunks of it, unless it is there or too large."""
+    def put(self, key: str, spec: str, prompt: Sequence[int], store: Store, room: float = math.inf) -> None:
+        """Keep a copy of a cache that holds a beginning of `prompt`, whole chunks of it, unless it is there or larger than `room` bytes."""
         length = store.counts[0]
         marks = list(self._digests(key, spec, prompt, length))
-        if not marks or marks[-1][1] != length or marks[-1][0] in self.index or store.nbytes > self.most:
+        if not marks or marks[-1][1] != length or marks[-1][0] in self.index:
             return
-        while self.nbytes + store.nbytes > self.most:
+        size = self.largest(store.nbytes)
+        if size > min(self.most, room):
+            return
+        while self.nbytes + size > self.most:
             self.drop_oldest()
-        entry = Entry(store.fork(), length, store.nbytes, set())
-        entry.nbytes = entry.store.nbytes
+        copy = store.fork()
+        entry = Entry(copy, length, self.largest(copy.nbytes), set())
         self.entries[id(entry)] = entry
-        for digest, n in marks if _whole(store) else marks[-1:]:
+        cut = self.largest(not _whole(store))  # on any rank
+        for digest, n in marks[-1:] if cut else marks:
             self._mark(digest, entry, n)
 
     def _mark(self, digest: bytes, entry: Entry, n: int) -> None:

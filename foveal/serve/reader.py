@@ -37,8 +37,8 @@ class Reader:
             with self.session.open_prompt():
                 self._forward(live, end)
             return None
-        if reuse and live.read > 0 and live.store.nbytes <= room:
-            self.prefixes.put(live.request.key, live.spec, prompt[: live.read], live.store)
+        if reuse and live.read > 0:
+            self.prefixes.put(live.request.key, live.spec, prompt[: live.read], live.store, room)
         return self._forward(live, len(prompt))
 
     def _forward(self, live: Live, end: int) -> Tensor:

@@ -118,12 +118,14 @@ class Request:
 @dataclass(frozen=True)
 class Usage:
     """prompt: tokens of the prompt. completion: tokens generated, an end-of-text token included. cached: prompt tokens taken from
-    the prefix cache. kept: keys held for this request when it ended, the mean over layers and KV heads, rounded."""
+    the prefix cache. kept: keys held for this request when it ended, the mean over layers and KV heads, rounded. queued: seconds from
+    submission until its prompt began to be read, or until it ended before that."""
 
     prompt: int = 0
     completion: int = 0
     cached: int = 0
     kept: int = 0
+    queued: float = 0.0
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Coroutine
 from contextlib import suppress
 
 import uvicorn
@@ -21,6 +21,7 @@ from ..errors import InputError
 from .app import Service, build_app
 from .limits import Limits, bounded_protocol
 from .schema import ApiError
+from .worker import Worker
 
 log = logging.getLogger("foveal.serve")
 FD, LIFELINE = "FOVEAL_SERVE_FD", "FOVEAL_SERVE_LIFELINE"
@@ -91,7 +92,7 @@ class HttpServer(uvicorn.Server):
             self.should_exit = self.force_exit = True
         else:
             self.service.draining = True
-            self._loop.call_soon_threadsafe(lambda: self._tasks.append(self._loop.create_task(self._drain())))
+            self._loop.call_soon_threadsafe(lambda: self.watch(self._drain()))
 
     async def _drain(self) -> None:
         log.info("stopping: no new requests, those accepted have %.0f s", self._limits.drain)
@@ -99,6 +100,10 @@ class HttpServer(uvicorn.Server):
             log.warning("stopping: what was not done in time is cut off")
             await asyncio.to_thread(self.service.worker.close)
         self.should_exit = True
+
+    def watch(self, work: Coroutine) -> None:
+        """Run this beside the server until it stops. From its own loop."""
+        self._tasks.append(self._loop.create_task(work))
 
     def _load(self) -> None:
         try:
@@ -110,7 +115,7 @@ class HttpServer(uvicorn.Server):
 
     def _loaded(self, service: Service) -> None:
         self.service, self._inner = service, build_app(service)
-        self._tasks.append(self._loop.create_task(service.keep_alive()))
+        self.watch(service.keep_alive())
         self._ready()
 
     async def _answer(self, scope, receive, send) -> None:
@@ -118,6 +123,18 @@ class HttpServer(uvicorn.Server):
             await self._inner(scope, receive, send)
         elif scope["type"] == "http":
             await ApiError(503, "the model is loading", code="loading", retry_after=2).response()(scope, receive, send)
+
+
+async def end_with(worker: Worker, every: float = 0.2, grace: float = 1.0) -> None:
+    """End this process when its engine has died, after `grace` seconds for clients to hear of it: the supervisor starts another.
+
+    For a model held by several processes: it cannot be put together again, and a thread that waits for a lost one cannot be stopped.
+    """
+    while (why := worker.stats().why) is None:
+        await asyncio.sleep(every)
+    log.error("this process ends, for its engine died (%s)", why)
+    await asyncio.sleep(grace)
+    os._exit(1)
 
 
 def supervise(listener: socket.socket, argv: list[str]) -> int:

@@ -6,6 +6,7 @@ the memory, the youngest steps back and waits in its old place in the queue; the
 
 from __future__ import annotations
 
+import time
 from bisect import insort
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -47,11 +48,18 @@ class Live:
     store: Store | None = None
     cancelled: bool = False
     failures: int = 0
+    arrived: float = field(default_factory=time.monotonic)
+    begun: float | None = None  # when its prompt began to be read, the first time
 
     @property
     def need(self) -> int:
         """Bytes of its keys before any are let go, and of those of its next tokens."""
         return (len(self.request.prompt_ids) + len(self.tokens) + AHEAD) * self.token_bytes
+
+    @property
+    def queued(self) -> float:
+        """Seconds it waited before its prompt began to be read, or until now."""
+        return (time.monotonic() if self.begun is None else self.begun) - self.arrived
 
     def over(self, now: float) -> Finish | None:
         """Whether it must end whatever it was doing."""

@@ -16,6 +16,7 @@ from ..errors import InputError
 from ..method import Budget
 from ..store import Layout
 from .engine import Engine
+from .ranks import Alone, First
 from .request import Event, Full, Request, Stats, Stream, Unavailable
 from .scheduler import Live
 
@@ -30,6 +31,7 @@ class Worker:
     as `budget`. memory: bytes for all caches together. max_waiting: requests that may wait; max_running: that decode together;
     max_per_key: live requests of one API key (None: no limit). context: positions offered (None: the model's). chunk: prompt tokens
     read between two decode steps (None: 256 on a CPU, 2,048 on a GPU). layout: as in `foveal.attach`. prefix: reuse prompt prefixes.
+    ranks: the processes that hold the model together with this one, as `foveal.serve.together.start` makes them; the worker ends them.
     Raises InputError or UnsupportedModel before anything starts: unknown method, or memory that cannot hold a single short request.
     """
 
@@ -50,16 +52,20 @@ class Worker:
         chunk: int | None = None,
         layout: Layout | None = None,
         prefix: bool = True,
+        ranks: First | None = None,
     ):
         if type(memory) is not int or memory < 1 or max_waiting < 1 or max_running < 1:
             raise InputError("memory, max_waiting and max_running must be whole numbers of at least 1")
         self.tokenizer, self.max_waiting, self.max_per_key = tokenizer, max_waiting, max_per_key
         settings = {"method": method, "budget": budget, "allow": allow, "budgets": budgets, "memory": memory}
         settings |= {"max_running": max_running, "context": context, "chunk": chunk, "layout": layout, "prefix": prefix}
-        self._make = lambda: Engine(model, tokenizer, **settings)
+        self.ranks = ranks or Alone()
+        self._make = lambda: Engine(model, tokenizer, ranks=self.ranks, **settings)
         self._news = threading.Condition()  # guards everything below
         self._engine: Engine | None = None
         self._start()
+        if ranks is not None:
+            ranks.on_lost = self._lost
 
     def _start(self) -> None:
         self._engine = self._make()
@@ -160,12 +166,15 @@ class Worker:
         with self._news:
             self._closing = True
             self._news.notify_all()
-        self._thread.join()
+        # Where another rank is gone, the thread may wait for its part for long: it ends with the process.
+        self._thread.join(None if self._why is None or self.ranks.count == 1 else 5.0)
 
     def restart(self) -> None:
         """A fresh engine on the same model, after death or close; requests that were lost got their error event when it died."""
         if self.alive:
             raise Unavailable("the engine is alive: close it before restarting")
+        if self.ranks.count > 1:
+            raise Unavailable("the processes that held the model together have ended: start the server anew")
         self.close()
         self._start()
 
@@ -208,7 +217,8 @@ class Worker:
                     engine.step()
                 self._report(engine)
         except BaseException as error:
-            self._why = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else 'no message'}"[:300]
+            why = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else 'no message'}"[:300]
+            self._why = self._why or self.ranks.fate() or why
         finally:
             self._end(engine)
 
@@ -217,7 +227,7 @@ class Worker:
         with self._news:
             self._news.wait_for(lambda: self._closing or self._inbox or self._asked or engine.schedule.busy)
             for live in self._inbox:
-                engine.schedule.add(live)
+                engine.add(live)
             self._inbox.clear()
             return not self._closing
 
@@ -230,18 +240,31 @@ class Worker:
 
     def _end(self, engine: Engine) -> None:
         """Nobody is left waiting for an engine that is gone."""
+        self._give_up(engine)
+        engine.close()
+        self.ranks.close(gently=self._why is None)
+        self._stats = engine.stats()
+        with self._news:
+            self._news.notify_all()
+
+    def _give_up(self, engine: Engine) -> None:
         lost = f"the engine stopped ({self._why})" if self._why else "the server is shutting down"
         with self._news:
             lives = list(self._live.values())
+            self._live.clear()
+            self._keys.clear()
             asked, self._asked = self._asked, []
             self._inbox.clear()
-        if lives:
-            engine.finished["error"] += len(lives)
+            if lives:
+                engine.finished["error"] += len(lives)
         for live in lives:
             live.stream.put(Event("error", text=lost))
         for _, answer in asked:
             answer.set_result(None)
-        engine.close()
-        self._stats = engine.stats()
+
+    def _lost(self, why: str) -> None:
+        """Another rank is gone, and the engine's thread may wait for its part for long: nobody is to wait for the thread."""
+        self._why = self._why or why
+        self._give_up(self._engine)
         with self._news:
             self._news.notify_all()

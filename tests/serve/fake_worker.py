@@ -14,6 +14,7 @@ from foveal.serve.request import Event, Full, NotAllowed, Request, Stats, Stream
 from foveal.serve.text import Text
 
 BYTES = 100  # of cache, for each token
+QUEUED = 0.3  # seconds every request says it waited
 TEMPLATE = (
     "{% for m in messages %}{% if m['role'] == 'system' and not loop.first %}{{ raise_exception('system comes first') }}"
     "{% endif %}<{{ m['role'] }}>{{ m['content'] }}{% endfor %}{% if add_generation_prompt %}<assistant>{% endif %}"
@@ -83,10 +84,10 @@ class FakeWorker:
                 raise Full("the queue is full: try again in 2 seconds", 2)
             if self.max_per_key is not None and self._of(request.key) >= self.max_per_key:
                 raise Full("this key has too many requests: try again in 2 seconds", 2)
-            self.requests.append(request)
             stream = Stream(request)
             stream.on_cancel = lambda: self._cancel(request.id)
             self._live[request.id] = _Running(request, stream, self)
+            self.requests.append(request)  # last: tests look at it without the lock
             self._lock.notify()
             return stream
 
@@ -201,7 +202,7 @@ class _Running:
 
     def _end(self, finish: str) -> bool:
         prompt = len(self.request.prompt_ids)
-        usage = Usage(prompt, self.made, 0, (prompt + self.made) // 2)
+        usage = Usage(prompt, self.made, 0, (prompt + self.made) // 2, QUEUED)
         self.ended = finish
         self.stream.put(Event("end", text=self.answer.flush(), finish=finish, usage=usage))
         return False

@@ -12,7 +12,7 @@ for extra in ("fastapi", "uvicorn", "prometheus_client"):
     pytest.importorskip(extra, reason=f"{extra} is part of the extra `serve`")
 openai = pytest.importorskip("openai", reason="the official client is what the API is tested with")
 
-from fake_worker import FakeWorker, byte_tokenizer
+from fake_worker import QUEUED, FakeWorker, byte_tokenizer
 from http_server import running
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -57,6 +57,7 @@ def test_whole_answer_through_the_official_client(client):
     assert found.usage.total_tokens == prompt + answer
     assert found.usage.prompt_tokens_details.cached_tokens == 0
     assert found.usage.kept_tokens == (prompt + answer) // 2
+    assert found.usage.queued_seconds == QUEUED
 
 
 @settings(max_examples=20, deadline=None)
@@ -365,6 +366,9 @@ def test_metrics_are_exact_after_ten_requests():
     assert found["foveal_time_to_first_token_seconds_count",] == 8
     assert found["foveal_inter_token_latency_seconds_count",] == 8 * 2
     assert found["foveal_e2e_request_latency_seconds_count",] == 8
+    assert found["foveal_queue_time_seconds_sum",] == pytest.approx(8 * QUEUED)
+    assert found["foveal_queue_time_seconds_bucket", ("le", "0.25")] == 0
+    assert found["foveal_queue_time_seconds_bucket", ("le", "0.5")] == 8
     assert found["foveal_requests_running",] == found["foveal_requests_waiting",] == 0
     assert found["foveal_kv_bytes", ("kind", "allocated")] == 0
     assert found["foveal_engine_up",] == 1

@@ -6,7 +6,10 @@ import json
 import os
 import re
 import shutil
+import signal
 import socket
+import subprocess
+import sys
 import tempfile
 import threading
 import time
@@ -22,12 +25,14 @@ for extra in ("fastapi", "uvicorn", "prometheus_client"):
 ray = pytest.importorskip("ray", reason="ray is the extra `ray`")
 
 from fake_worker import FakeWorker, byte_tokenizer
+from http_server import tiny_model
 
 from foveal.errors import InputError
 from foveal.serve.app import Service
-from foveal.serve.cluster import application, serve_on_ray
+from foveal.serve.cluster import _reason, application, serve_on_ray
 from foveal.serve.launch import Plan
 
+pytestmark = pytest.mark.xdist_group("ray")  # clusters on one machine: one at a time
 HERE = Path(__file__).parent
 
 
@@ -78,9 +83,11 @@ def url():
     shutil.rmtree(place, ignore_errors=True)
 
 
-def ask(url, text, **more):
+def ask(url, text, headers=None, **more):
     body = {"model": "fake", "messages": [{"role": "user", "content": text}], **more}
-    request = HttpRequest(url + "/v1/chat/completions", json.dumps(body).encode(), {"Content-Type": "application/json"})
+    request = HttpRequest(
+        url + "/v1/chat/completions", json.dumps(body).encode(), {"Content-Type": "application/json", **(headers or {})}
+    )
     with urlopen(request, timeout=120) as found:
         return found.read().decode()
 
@@ -145,3 +152,63 @@ def test_replicas_that_are_no_number():
     for wrong in ("0", "2-1", "many", "-1"):
         with pytest.raises(InputError, match="--replicas"):
             serve_on_ray(Plan(), wrong)
+
+
+def test_a_port_in_use_is_said_before_anything_starts():
+    with socket.create_server(("127.0.0.1", 0)) as taken, pytest.raises(InputError, match="--port"):
+        serve_on_ray(Plan(port=taken.getsockname()[1]), "1")
+
+
+def test_what_a_replica_s_exception_said_is_found_in_the_traceback():
+    quoted = """Deploying application foveal failed: The deployment failed to start 3 times in a row. Error:
+ray::ServeReplica:foveal:engine.initialize_and_get_metadata() (pid=3, ip=192.0.2.2)
+  File "menu.py", line 88, in __init__
+    raise InputError(
+foveal.errors.InputError: 100 usable bytes of cache cannot hold one short request: give the server more memory"""
+    assert _reason(quoted).startswith("100 usable bytes of cache cannot")
+    assert _reason("gone\nmore") == "gone"
+
+
+def test_the_command_deploys_serves_and_stops_when_told(tmp_path):
+    """`foveal serve --ray` as a process with a model of its own: keys, an answer, one more while it stops, exit code 0."""
+    model, key = tmp_path / "tiny", "key-of-the-test"
+    tiny_model().save_pretrained(model)
+    byte_tokenizer().save_pretrained(model)
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    place = tempfile.mkdtemp(prefix="fv")
+    command = [sys.executable, "-m", "foveal.cli", "serve", str(model), "--ray", "--replicas", "1", "--name", "fake"]
+    command += ["--port", str(port), "--memory", "0.05", "--device", "cpu"]
+    environment = {k: v for k, v in os.environ.items() if k != "RAY_ADDRESS"}
+    paths = os.pathsep.join([str(HERE.parents[1]), os.environ.get("PYTHONPATH", "")])
+    environment |= {"RAY_TMPDIR": place, "OMP_NUM_THREADS": "1", "FOVEAL_API_KEY": key, "PYTHONPATH": paths}
+    url, headers = f"http://127.0.0.1:{port}", {"Authorization": f"Bearer {key}"}
+    log = lambda: (tmp_path / "log").read_text()
+    for _ in range(3):  # Ray gives itself half a minute, see `start`
+        with (tmp_path / "log").open("w") as said:
+            process = subprocess.Popen(command, env=environment, stdout=said, stderr=said)
+        end = time.monotonic() + 300
+        while "serving at" not in log() and process.poll() is None and time.monotonic() < end:
+            time.sleep(0.5)
+        if process.poll() is None:
+            break
+        assert process.returncode == 2 and "Ray cannot be started or reached" in log(), log()[-3000:]
+    try:
+        with pytest.raises(HTTPError) as caught:
+            ask(url, "hello")
+        assert caught.value.code == 401
+        found = json.loads(ask(url, "hello", headers, max_tokens=5, temperature=0))
+        assert found["usage"]["completion_tokens"] <= 5 < found["usage"]["kept_tokens"]
+        last = []
+        late = threading.Thread(target=lambda: last.append(ask(url, "tell", headers, max_tokens=300, temperature=0)))
+        late.start()
+        time.sleep(0.3)
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(120) == 0, log()[-3000:]
+        late.join()
+        assert json.loads(last[0])["choices"][0]["finish_reason"] in ("stop", "length")
+        assert key not in log() and "POST /v1/chat/completions 200" in log() and "Traceback" not in log()
+    finally:
+        process.kill()
+        process.wait()
+        shutil.rmtree(place, ignore_errors=True)

@@ -67,7 +67,7 @@ ARRIVAL = st.tuples(
 )
 
 
-@settings(max_examples=34, deadline=None, derandomize=True, phases=[Phase.generate])
+@settings(max_examples=24, deadline=None, derandomize=True, phases=[Phase.generate])
 @given(
     st.lists(ARRIVAL, min_size=3, max_size=9), st.sampled_from((450_000, 700_000, 2 << 20)), st.sampled_from(LAYOUTS)
 )
@@ -282,3 +282,22 @@ def test_a_server_that_cannot_work_says_so_and_leaves_the_model_alone():
         with pytest.raises(InputError, match=words):
             engine(**bad)
         assert model().config._attn_implementation == before
+
+
+def test_the_time_in_the_queue_is_told():
+    """Until the prompt is first read: not the reading, not a step back, and for who ends before, until then."""
+    e = engine(max_running=1)
+    with e.session:
+        first, second = (put(e, str(i), prompt(150), 20) for i in range(2))
+        third = put(e, "3", prompt(40), 20)
+        time.sleep(0.2)
+        begun = time.monotonic()
+        e.step()
+        e._leave([live := e.schedule.reading])
+        e.schedule.back(live)  # as for want of memory
+        third.cancel()
+        finish(e)
+        whole = time.monotonic() - begun
+    waits = [events(stream)[-1].usage.queued for stream in (first, second, third)]
+    assert 0.2 <= waits[0] < 0.2 + whole / 2
+    assert waits[0] < waits[1] < 0.3 + whole and 0.2 <= waits[2] < waits[1]

@@ -4,6 +4,7 @@
 
 import json
 import random
+import re
 import socket
 import threading
 import time
@@ -45,7 +46,7 @@ def said(server, body, key=KEYS[0]):
 def test_answers_together_are_answers_alone(server):
     rng = random.Random(0)
     bodies = []
-    for index in range(10):
+    for index in range(32):
         text = "".join(rng.choice("abcdefgh ") for _ in range(rng.randint(5, 150)))
         bodies.append(chat(f"{index} {text}", foveal={"method": "half"} if index % 2 else {}))
     alone = [said(server, body)[0] for body in bodies]
@@ -85,13 +86,25 @@ def test_usage_says_what_was_stored(server):
     assert half["kept_tokens"] < 0.7 * dense["kept_tokens"]
 
 
+def prefix_counts(server):
+    """What /metrics says of the prefix cache: queries, hits, prompt tokens taken from it."""
+    page = server.raw(
+        f"GET /metrics HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n{KEYS[0]}\r\n".encode()
+    ).decode()
+    names = ("prefix_cache_queries", "prefix_cache_hits", "cached_tokens")
+    return [float(re.search(rf"(?m)^foveal_{name}_total (\S+)$", page)[1]) for name in names]
+
+
 def test_prefixes_are_reused_within_a_key_and_never_across(server):
     text = "a beginning that is long enough to be kept as a prefix of several chunks, and then some more of it " * 2
+    before = prefix_counts(server)
     first, second, other = (
         said(server, chat(text), key)[1]["prompt_tokens_details"]["cached_tokens"]
         for key in (KEYS[0], KEYS[0], KEYS[1])
     )
     assert (first, other) == (0, 0) and second > 0
+    after = prefix_counts(server)
+    assert [b - a for a, b in zip(before, after, strict=True)] == [3, 1, second]
 
 
 @pytest.mark.parametrize("stream", [True, False])

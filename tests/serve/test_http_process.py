@@ -95,9 +95,20 @@ def test_a_profile_of_another_model_and_memory_for_nothing(folder, tmp_path):
 class Process:
     """A served process and its address."""
 
-    def __init__(self, *arguments, stderr):
+    def __init__(self, *arguments, stderr, own=()):
         self.port = free_port()
-        command = [sys.executable, "-m", "foveal.cli", "serve", *arguments, "--port", str(self.port), "--device", "cpu"]
+        command = [
+            sys.executable,
+            "-m",
+            "foveal.cli",
+            "serve",
+            *arguments,
+            "--port",
+            str(self.port),
+            "--device",
+            "cpu",
+            *own,
+        ]
         environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parents[2])}
         self.process = subprocess.Popen(command, stderr=stderr, stdout=subprocess.DEVNULL, env=environment)
 
@@ -141,8 +152,18 @@ def test_a_process_lives_through_kill_9_and_a_full_disk_and_stops_when_told(fold
         served.process.wait()
 
 
-def test_bad_input_ends_the_command_with_2(folder):
-    served = Process(str(folder), "--memory", "0.0000001", stderr=subprocess.PIPE)
-    _, said = served.process.communicate(timeout=150)
+@pytest.mark.parametrize(
+    ("options", "sentence"),
+    [
+        (("--memory", "0.0000001"), b"give the server more memory"),
+        (("--method", "snapkw"), b"snapkv"),
+        (("--port", "TAKEN"), b"choose another with --port"),
+    ],
+)
+def test_bad_input_ends_the_command_with_2(folder, options, sentence):
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        own = [str(taken.getsockname()[1]) if option == "TAKEN" else option for option in options]
+        served = Process(str(folder), own=own, stderr=subprocess.PIPE)
+        _, said = served.process.communicate(timeout=150)
     assert served.process.returncode == 2
-    assert b"memory" in said and b"Traceback" not in said
+    assert sentence in b" ".join(said.split()) and b"error: " in said and b"Traceback" not in said
