@@ -11,6 +11,7 @@ from .ranking import HeadRanking, rankings
 from .reading import look
 from .reasoning import suppression, thought_anchors
 from .result import Look, Measure
+from .retrieval import Retrieval
 from .roles import instruction_drift
 from .sinks import sink_rate
 from .structure import edge_test, graph_attention
@@ -22,6 +23,7 @@ __all__ = [
     "Look",
     "Measure",
     "Picture",
+    "Retrieval",
     "active_dormant",
     "agreement",
     "compare_updates",

@@ -26,7 +26,7 @@ class Reading:
     """One text on its way through one model.
 
     ids: its tokens.  columns: layer -> attention each key got so far, summed over queries, [heads, length]; whole after the last
-    piece, and only where a lens asks for "col_mass".
+    piece of a layer, then on the CPU, and only where a lens asks for "col_mass".
     """
 
     info: ModelInfo
@@ -46,9 +46,8 @@ class Reading:
         return [seen[i] for i in self.ids]
 
     def importance(self, layer: int) -> Tensor:
-        """Mean attention a key gets from the queries that see it, [heads, length] (Gu et al. 2024)."""
-        seen_by = torch.arange(self.length, 0, -1, device=self.device)
-        return self.columns[layer] / seen_by
+        """Mean attention a key gets from the queries that see it, [heads, length], after the reading (Gu et al. 2024)."""
+        return self.columns[layer] / torch.arange(self.length, 0, -1)
 
     def table(self, rows: dict[int, Tensor]) -> Tensor:
         """[layers, ...] of what was measured for some layers, NaN in the others."""
@@ -84,14 +83,17 @@ class Piece:
             return torch.ones_like(self.lse[0])
         return 1 - (self.logit.sinks[:, None].to(self.lse.dtype) - self.lse[0]).exp()
 
-    def measure(self, want: frozenset[str], weigh: Tensor | None = None, **sizes: int) -> dict[str, Tensor]:
-        """Statistics of these queries; weigh: a positive weight for each query, [L], multiplied into its attention.
+    def measure(
+        self, want: frozenset[str], weigh: Tensor | None = None, *, rows: tuple[int, int] | None = None, **sizes: int
+    ) -> dict[str, Tensor]:
+        """Statistics of these queries, or of rows[0] .. rows[1] - 1 of them.
 
-        sizes: `block` and `top` of `foveal.ops.attention_stats`, where its defaults do not do.
+        weigh: a positive weight for each query, [L], multiplied into its attention.  sizes: `block` and `top` of
+        `foveal.ops.attention_stats`, where its defaults do not do.
         """
         lse = self.lse if weigh is None else self.lse - weigh.log()
         how = {"scale": self.logit.scale, "softcap": self.logit.softcap, "sink": SINK, **sizes}
-        return attention_stats(self.q, self.k, lse, want=want, **how)
+        return attention_stats(self.q, self.k, lse, want=want, rows=rows, **how)
 
     def weights(self, start: int, stop: int, left: int, right: int) -> Tensor:
         """Attention of the queries start:stop of this piece to the keys left:right, [heads, stop - start, right - left].
@@ -104,9 +106,10 @@ class Piece:
         p = (z - self.lse[0, :, start:stop, None]).exp()
         return p.tril(self.first + start - left)
 
-    def near(self, width: int, tile: int = 256) -> Tensor:
+    def near(self, width: int) -> Tensor:
         """Attention of each query to the keys 0 .. width - 1 places before it, [heads, L, width]; 0 before the text."""
         heads, length = self.q.shape[1:3]
+        tile = 256 if self.q.is_cpu else 512
         out = self.q.new_zeros(heads, length, width, dtype=self.lse.dtype)
         back = torch.arange(width, device=self.q.device)
         for start in range(0, length, tile):

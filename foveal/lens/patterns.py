@@ -14,6 +14,8 @@ from ..rope import Rope
 from .lens import Lens, Piece, Probe, Reading, lens
 from .result import HEADS, Measure
 
+_BEST = frozenset({"top_k_keys"})
+
 
 @lens("patterns", paper="Why Attention Patterns Exist: A Unifying Temporal Perspective Analysis (2026) [103]")
 @dataclass(frozen=True)
@@ -59,8 +61,8 @@ class _PatternProbe(Probe):
         self._add("query", piece.layer, _units(q[:, skip:]).sum(1))
         self._add("key", piece.layer, _units(k[:, skip:]).sum(1))
         if skip < q.shape[1]:
-            weights = piece.weights(skip, q.shape[1], 0, first + q.shape[1])
-            best = weights.topk(min(self.lens.top, self.tail + 1), -1).indices
+            top = min(self.lens.top, self.tail + 1)  # keys that each of these queries sees
+            best = piece.measure(_BEST, top=top, rows=(skip, q.shape[1]))["top_k_keys"][0]
             self.best.setdefault(piece.layer, []).append(best)
         head = q[:, : max(0, self.lens.raw - first)]
         if self.rope is not None:
@@ -132,8 +134,8 @@ def similarity(total: Tensor, count: int) -> Tensor:
 
 
 def overlaps(best: Tensor) -> Tensor:
-    """Mean share of keys that two successive queries have in common, [heads], best [heads, queries, top]; NaN for a single query."""
-    same = (best[:, 1:, :, None] == best[:, :-1, None]).any(-1)
+    """Mean share of keys that two successive queries share, [heads], best [heads, queries, top], -1 for none; NaN for one query."""
+    same = (best[:, 1:, :, None] == best[:, :-1, None]).any(-1) & (best[:, 1:] >= 0)
     return same.double().mean((1, 2))
 
 

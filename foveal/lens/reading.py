@@ -11,12 +11,15 @@ import torch
 from torch import Tensor, nn
 
 from ..attach import ModelInfo, Session, attach
+from ..cache import ACTIVE
 from ..errors import InputError, UnsupportedModel
 from ..heads import _circumstances
 from ..hub import model_identity
 from ..method import Method
 from ..step import Step
+from ..store import Layout
 from ..tasks.task import encode
+from . import by_layer
 from .lens import Lens, Piece, Probe, Reading, Unsuited, choose
 from .page.picture import Picture
 from .result import Look
@@ -49,6 +52,10 @@ def look(
     """
     chosen = choose(lenses)
     chosen += [picture if isinstance(picture, Picture) else Picture()] if picture else []
+    if not getattr(model.config.get_text_config(decoder=True), "num_attention_heads", None):
+        raise UnsupportedModel(
+            f"{type(model).__name__} has no attention layers, so there is nothing to look at: use a model with some"
+        )
     info = ModelInfo.of(model)
     if not info.layers:
         raise UnsupportedModel(
@@ -134,7 +141,9 @@ def _run(
 
     def see(step: Step) -> None:
         first = int(step.pass_.counts[0])
-        k = step.k_new if first == 0 else step.store.keys()
+        if first == 0 and reading.length > step.L:
+            step.store.single.reserve(reading.length - step.L)
+        k = step.store.keys()
         piece = Piece(step.layer, first, step.q, k, step.k_new, step.v_new, step.stats["lse"], step.logit)
         piece.stats = piece.measure(want, **sizes) if want else {}
         if "col_mass" in want:
@@ -145,14 +154,24 @@ def _run(
             done[0] += _work(first, step.L) / (_work(0, reading.length) * len(reading.info.layers))
             progress(f"reading, layer {step.layer}", min(1.0, done[0]))
 
-    with attach(model, _Watcher(see)) as session, _hooked(model, reading, session, hidden):
-        ids, store = torch.tensor([reading.ids], device=reading.device), None
-        pieces = [*_pieces(reading.length, chunk)]
-        for start, stop in pieces:
-            # whole_prompt-like methods are not here, so a prompt in pieces reads as one
-            with session.open_prompt() if stop < reading.length else nullcontext():
-                session.decoder(input_ids=ids[:, start:stop], past_key_values=store, use_cache=True)
-            store = session.store
+    ids, pieces = torch.tensor([reading.ids], device=reading.device), [*_pieces(reading.length, chunk)]
+    with attach(model, _Watcher(see), layout=Layout(paged=False), graphs=False) as session:
+        blocks = _blocks(model, reading.info.n_layers) if hidden else _listed(model, reading.info.n_layers)
+        recorded = by_layer.record(session, blocks, ids, pieces) if len(pieces) > 1 else None
+        with _hooked(blocks, hidden):
+            if recorded is None:
+                _by_piece(session, ids, pieces)
+            else:
+                by_layer.run(recorded[0], blocks, recorded[1])
+
+
+def _by_piece(session: Session, ids: Tensor, pieces: Sequence[tuple[int, int]]) -> None:
+    store = None
+    for start, stop in pieces:
+        # whole_prompt-like methods are not here, so a prompt in pieces reads as one
+        with session.open_prompt() if stop < ids.shape[1] else nullcontext():
+            session.decoder(input_ids=ids[:, start:stop], past_key_values=store, use_cache=True)
+        store = session.store
 
 
 def _work(first: int, length: int) -> float:
@@ -174,10 +193,14 @@ def _add_columns(reading: Reading, piece: Piece) -> None:
     if piece.layer not in reading.columns:
         reading.columns[piece.layer] = x.new_zeros(x.shape[0], reading.length)
     reading.columns[piece.layer][:, : x.shape[1]] += x
+    if (
+        x.shape[1] == reading.length
+    ):  # whole: half a gigabyte for all layers of a long text has no place beside the model
+        reading.columns[piece.layer] = reading.columns[piece.layer].cpu()
 
 
 @contextmanager
-def _hooked(model, reading: Reading, session: Session, probes: list[Probe]) -> Iterator[None]:
+def _hooked(blocks: Sequence[nn.Module], probes: list[Probe]) -> Iterator[None]:
     """Inside, the probes are shown the residual stream after every block."""
     if not probes:
         yield
@@ -185,15 +208,13 @@ def _hooked(model, reading: Reading, session: Session, probes: list[Probe]) -> I
 
     def show(layer: int):
         def hook(module, args, output):
-            h = output[0] if isinstance(output, tuple) else output
-            store = session.store
-            first = store.counts[0] if store.counts else 0
+            h = (output[0] if isinstance(output, tuple) else output)[0].float()
             for p in probes:
-                p.hidden(layer, first, h[0].float())
+                p.hidden(layer, ACTIVE.get().counts[0], h)
 
         return hook
 
-    handles = [b.register_forward_hook(show(i)) for i, b in enumerate(_blocks(model, reading.info.n_layers))]
+    handles = [b.register_forward_hook(show(i)) for i, b in enumerate(blocks)]
     try:
         yield
     finally:
@@ -201,11 +222,14 @@ def _hooked(model, reading: Reading, session: Session, probes: list[Probe]) -> I
             handle.remove()
 
 
+def _listed(model, count: int) -> nn.ModuleList | None:
+    return next((x for x in model.get_decoder().children() if isinstance(x, nn.ModuleList) and len(x) == count), None)
+
+
 def _blocks(model, count: int) -> nn.ModuleList:
     """The decoder's list of blocks, whatever its name."""
-    for x in model.get_decoder().children():
-        if isinstance(x, nn.ModuleList) and len(x) == count:
-            return x
-    raise UnsupportedModel(
-        f"{type(model).__name__} keeps its {count} blocks in no list of its decoder: leave out lenses of hidden states"
-    )
+    if (found := _listed(model, count)) is None:
+        raise UnsupportedModel(
+            f"{type(model).__name__} keeps its {count} blocks in no list of its decoder: leave out lenses of hidden states"
+        )
+    return found

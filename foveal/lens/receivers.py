@@ -60,13 +60,18 @@ class _ReceiverProbe(Probe):
     def attention(self, piece: Piece) -> None:
         """Adds what each key got, a query weighed by one over the length of its sentence, from sentences far enough behind."""
         first, stop = piece.first, piece.first + piece.q.shape[2]
-        weigh = 1 / self.length[self.sentence[first:stop]].to(piece.lse.dtype)
+        weigh = self.length[self.sentence[first:stop]].to(piece.lse.dtype).reciprocal()
         got = piece.measure(_COLUMNS, weigh)["col_mass"][0]
         # All columns at once, less the band of near sentences, which is small.
-        for i in range(int(self._at(first)), int(self._at(stop - 1)) + 1):
-            b, e = max(self.spans[i][0], first), min(self.spans[i][1], stop)
-            left = self.spans[max(0, i - self.lens.skip + 1)][0]
-            got[:, left:e] -= piece.weights(b - first, e - first, left, e).sum(1) * weigh[b - first]
+        tile = 64 if got.is_cpu else 512
+        for b in range(first, stop, tile):
+            e = min(b + tile, stop)
+            left = self.spans[max(0, self._at(b) - self.lens.skip + 1)][0]
+            for c in range(left, e, 8 * tile):  # a sentence may be long
+                keys = slice(c, min(c + 8 * tile, e))
+                near = self.sentence[b:e, None] - self.sentence[keys] < self.lens.skip
+                weights = piece.weights(b - first, e - first, keys.start, keys.stop)
+                got[:, keys] -= (weights * (near * weigh[b - first : e - first, None])).sum(1)
         by_sentence = got.new_zeros(got.shape[0], len(self.spans))
         by_sentence.index_add_(1, self.sentence[: got.shape[1]], got)
         kept = self.got.get(piece.layer)

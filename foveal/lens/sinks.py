@@ -54,7 +54,7 @@ class _SinkProbe(Probe):
         reading, eps = self.reading, self.lens.threshold
         listed = max(1, reading.length - self.lens.tail)
         first, keys, heights = {}, {}, {}
-        rate = torch.zeros(reading.length, device=reading.device)
+        rate = torch.zeros(reading.length)
         by_layer = {}
         for layer in reading.columns:
             x = reading.importance(layer)

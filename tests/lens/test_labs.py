@@ -9,7 +9,8 @@ import torch
 from typer.testing import CliRunner
 
 from foveal.errors import InputError
-from foveal.lens.lab import Finding, get_lab, labs
+from foveal.lens import dynamics
+from foveal.lens.lab import Finding, get_lab, labs, multitask, recall
 from foveal.lens.lab import backcopy as bb
 from foveal.lens.lab import regression as icl
 from foveal.lens.lab import scan_and_snap as snap
@@ -34,7 +35,7 @@ def test_findings_and_reports(tmp_path):
 
 
 def test_every_lab_is_whole():
-    assert len(labs()) == 9
+    assert len(labs()) == 11
     for name, cls in labs().items():
         made = get_lab(name, steps=5)
         assert (made.name, made.steps) == (name, 5)
@@ -52,6 +53,7 @@ def test_every_lab_is_whole():
 def test_a_short_run_of_every_lab(name):
     """Two runs agree, report what they should, and leave the caller's random state alone."""
     small = {"scan-and-snap": {"steps": 4}, "sink-emergence": {"steps": 2, "batch": 2, "width": 16, "length": 16}}
+    small["recall"] = {"steps": 2, "batch": 2, "width": 8, "length": 12, "pairs": 3, "large": 8, "prompts": 5}
     shared = {"steps": 2, "batch": 2, "width": 8, "length": 12}
     settings = small.get(
         name, shared if name in ("bigram-backcopy", "residual-peak", "sink-variants") else {"steps": 3}
@@ -317,6 +319,108 @@ def test_ridge_is_bayes():
     x, y, query, label = icl.prompts(20000, 20, 4, 0.5)
     error = (icl.ridge(x, y, query, 0.5) - label).square().mean()
     assert all((icl.ridge(x, y, query, s) - label).square().mean() > error for s in (0.05, 2.0))
+
+
+# ---------------------------------------------------------------------- several regressions
+
+
+def planted(w: torch.Tensor, m: torch.Tensor) -> multitask.Attention:
+    """Heads with w [heads, tasks] on the diagonal of KQ and m [heads, tasks] from each label to its own prediction."""
+    heads, tasks = w.shape
+    model = multitask.Attention(3, tasks, heads)
+    with torch.no_grad():
+        model.key_query.zero_()
+        model.value.zero_()
+        model.key_query[:, : 3 * tasks] = torch.diag_embed(w.repeat_interleave(3, 1))
+        model.value[:, :, 3 * tasks :] = torch.diag_embed(m)
+    return model
+
+
+def test_a_pair_a_task_is_a_step_of_each_task():
+    x, y, query, label = multitask.prompts(4000, 40, 3, 2, 0.1)
+    w = torch.tensor([[0.05, 0.0], [-0.05, 0.0], [0.0, 0.05], [0.0, -0.05]])
+    with torch.no_grad():
+        guess = planted(w, w.sign() * 7)(x, y, query)
+        best = multitask.steps_of_tasks(x, y, query, label)
+    for t in (0, 1):
+        step = icl.debiased_step(x[:, :, 3 * t : 3 * t + 3], y[:, :, t], query[:, 3 * t : 3 * t + 3])
+        torch.testing.assert_close(guess[:, t], 0.7 * step, atol=0.02, rtol=0.05)
+        torch.testing.assert_close(best[:, t], step * icl.best_rate(step, label[:, t]))
+
+
+def test_three_heads_can_share_two_tasks():
+    """Directions at thirds of a circle: sum m = 0 and sum m w = the identity, to first order one step of each task."""
+    x, y, query, _ = multitask.prompts(4000, 40, 3, 2, 0.1)
+    angle = torch.arange(3) * 2 * math.pi / 3
+    w = torch.stack([angle.cos(), angle.sin()], 1)
+    with torch.no_grad():
+        guess = planted(0.03 * w, 2 / 3 / 0.03 * w)(x, y, query)
+    for t in (0, 1):
+        step = icl.debiased_step(x[:, :, 3 * t : 3 * t + 3], y[:, :, t], query[:, 3 * t : 3 * t + 3])
+        assert float(torch.corrcoef(torch.stack([guess[:, t], step]))[0, 1]) > 0.999
+
+
+def test_sharing_sees_who_serves_whom():
+    model = planted(
+        torch.tensor([[2.0, 0.0], [1.0, -1.0], [0.0, 3.0]]), torch.tensor([[1.0, 0.0], [-1.0, 2.0], [0.0, 2.0]])
+    )
+    with torch.no_grad():
+        model.value[0, 1, 0] = 1.0  # off: energy 1 of 1 + 1 + 4 + 4 + 1
+    at = multitask.sharing(model)
+    torch.testing.assert_close(at.w, torch.tensor([[2.0, 0.0], [1.0, -1.0], [0.0, 3.0]]))
+    assert at.purity.tolist() == pytest.approx([1.0, 0.5, 1.0])
+    assert at.value == pytest.approx(1 / 11)
+    assert at.zero_sum == pytest.approx(1.0)  # the second task's 4 of 4; the first's is 0 of 2
+    assert at.m[1].diagonal().tolist() == [-1.0, 2.0]
+
+
+def test_tasks_have_features_of_their_own():
+    x, y, query, label = multitask.prompts(6000, 5, 3, 2, 0.0)
+    assert x.shape == (6000, 5, 6)
+    assert label.shape == (6000, 2)
+    for t in (
+        0,
+        1,
+    ):  # three features and five examples without noise: each task's weights follow, and the label from them
+        own = slice(3 * t, 3 * t + 3)
+        beta = torch.linalg.lstsq(x[:50, :, own], y[:50, :, t : t + 1]).solution[..., 0]
+        torch.testing.assert_close((beta * query[:50, own]).sum(-1), label[:50, t], atol=1e-3, rtol=1e-3)
+    assert float(y.var()) == pytest.approx(1.0, rel=0.05)
+
+
+# ---------------------------------------------------------------------- recall
+
+
+def test_recall_asks_for_the_value_after_each_key():
+    tokens, at, values = recall.Recall()._data(30, 4, torch.device("cpu"))
+    for row, places, due in zip(tokens.tolist(), at.tolist(), values.tolist(), strict=True):
+        first = dict(zip(row[0:16:2], row[1:16:2], strict=True))
+        assert sorted(row[p] for p in places) == sorted(first)
+        assert [first[row[p]] for p in places] == due
+
+
+def test_mixers_are_the_systems_of_the_paper():
+    g = torch.Generator().manual_seed(0)
+    q, k = torch.randn(2, 7, 3, generator=g, dtype=torch.double)
+    gate, one = torch.randn(7, generator=g, dtype=torch.double), torch.ones(1, 1, dtype=torch.double)
+
+    def weights(system):
+        return system.operator()[..., 0, 0]
+
+    phi = dynamics.elu_features(q), dynamics.elu_features(k)
+    linear = weights(dynamics.linear_attention(*phi, one, dynamics.row_sums(*phi)))
+    torch.testing.assert_close(recall.linear(q[None], k[None], gate[None])[0], linear)
+    normalised = weights(dynamics.normalised_attention(q, k, one, gate))
+    torch.testing.assert_close(recall.normalised(q[None], k[None], gate[None])[0], normalised)
+    scores = (q @ k.T / 3**0.5).exp().tril()
+    torch.testing.assert_close(recall.softmax(q[None], k[None], gate[None])[0], scores / scores.sum(1, keepdim=True))
+
+
+def test_bad_sizes_of_recall_are_refused():
+    with pytest.raises(InputError, match="pairs"):
+        get_lab("recall", pairs=10)
+    with pytest.raises(InputError, match="large"):
+        get_lab("recall", small=8, large=4)
 
 
 # ---------------------------------------------------------------------- scan and snap

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ...errors import InputError, suggest
 from .question import Question
-from .scores import METHODS, SIGNED, attention_times_gradient, row_normed
+from .scores import DRAWN, METHODS, SIGNED, attention_times_gradient, row_normed
 from .tap import Tap, check_length, tapped
 
 Progress = Callable[[str, float], None]
@@ -29,6 +29,9 @@ CAUTION = {
     "attention-gradient": _FIRST_ORDER,
     "gradient-input": _FIRST_ORDER,
     "integrated-gradients": "It depends on the baseline: another text that stands for 'nothing' gives other numbers.",
+    "gradient-shap": "It depends on the baseline, and on the points drawn.",
+    "shapley": "It depends on the baseline, on the orders drawn, and on texts with most tokens gone, which the model never saw.",
+    "lime": "A linear model of a model: tokens that count only together are given what fits best, and few samples give another answer.",
     "perturbation": "Tokens are replaced one at a time: of two that say the same neither seems to matter.",
 }
 """For each method, what its numbers do not say."""
@@ -92,7 +95,7 @@ def explain(
 
     method: one of `foveal.lens.attribution.METHODS`.  target: the token id or class explained; default the model's own first choice.
     baseline: the token id that stands for "no token here"; default padding, else the zero vector.  options: of the method, "over" for
-    attention and norms, "steps" for integrated gradients.
+    attention and norms, "steps" for integrated gradients, "samples" and "seed" for what is drawn at random.
     Raises InputError for an unknown method, target or option, a text over 512 tokens, and, where gradients are needed, for quantised
     weights and gradients that are switched off; UnsupportedModel for encoder-decoders and models whose attention cannot be tapped.
     """
@@ -104,7 +107,7 @@ def ask(question: Question, method: str, progress: Progress | None = None, **opt
     if method not in METHODS:
         raise InputError(f"no attribution method '{method}': {suggest(method, METHODS)}")
     run = METHODS[method]
-    known = {"over": ("attention", "norms"), "steps": ("integrated-gradients",)}
+    known = {"over": ("attention", "norms"), "steps": ("integrated-gradients",), "samples": DRAWN, "seed": DRAWN}
     for option in options:
         if method not in known.get(option, ()):
             raise InputError(f"'{method}' has no option '{option}': leave it out")

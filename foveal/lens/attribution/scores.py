@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import importlib
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
+import numpy
 import torch
 from torch import Tensor, nn
 
 from ...errors import InputError
-from .question import Question, need_gradient
+from ...method import check_count
+from .question import BATCH, Question, need_gradient
 from .tap import Tap, output_matrix, tapped
 
 # ---------------------------------------------------------------------- from the forward pass alone
@@ -128,17 +132,55 @@ def gradient_input(question: Question) -> Tensor:
 def integrated_gradients(question: Question, steps: int = 50) -> Tensor:
     """Integrated gradients from the baseline text, by captum; signed, and summing to score(text) - score(baseline) as `steps` grow."""
     need_gradient(question.model)
-    try:
-        from captum.attr import IntegratedGradients
-    except ImportError as error:
-        raise InputError(
-            "integrated gradients come from captum, which is not installed: pip install 'foveal[captum]'"
-        ) from error
     if type(steps) is not int or steps < 2:
         raise InputError(f"steps = {steps!r}: expected at least 2 points on the path")
-    start = question.baseline.expand_as(question.embeds)
-    found = IntegratedGradients(question.score).attribute(question.embeds, start, n_steps=steps, internal_batch_size=16)
+    by = _captum("IntegratedGradients")(question.score)
+    found = by.attribute(question.embeds, _start(question), n_steps=steps, internal_batch_size=BATCH)
     return found.sum(-1)[0].detach().float()
+
+
+def gradient_shap(question: Question, samples: int = 50, seed: int = 0) -> Tensor:
+    """Gradient SHAP, by captum: gradients at random points between text and baseline, times their difference; signed.
+
+    Its sum comes near score(text) - score(baseline) as `samples` (50) grow.
+    """
+    need_gradient(question.model)
+    check_count("samples", samples, 1)
+    with _drawn(question, seed):
+        by = _captum("GradientShap")(question.score)
+        found = sum(
+            by.attribute(question.embeds, _start(question), n_samples=min(BATCH, samples - done)).detach()
+            * (min(BATCH, samples - done) / samples)
+            for done in range(0, samples, BATCH)
+        )
+    return found.sum(-1)[0].float()
+
+
+def _captum(name: str):
+    """A class of captum.attr."""
+    try:
+        return getattr(importlib.import_module("captum.attr"), name)
+    except ImportError as error:
+        raise InputError(f"{name} comes from captum, which is not installed: pip install 'foveal[captum]'") from error
+
+
+def _start(question: Question) -> Tensor:
+    """The baseline text, [1, length, width]."""
+    return question.baseline.expand_as(question.embeds)
+
+
+@contextmanager
+def _drawn(question: Question, seed: int) -> Iterator[None]:
+    """Inside, what is drawn at random follows from the seed; the caller's random state, and numpy's, stay as they were."""
+    cards = [question.embeds.device] if question.embeds.is_cuda else []
+    before = numpy.random.get_state()
+    with torch.random.fork_rng(cards):
+        torch.manual_seed(seed)
+        numpy.random.seed(seed)
+        try:
+            yield
+        finally:
+            numpy.random.set_state(before)
 
 
 # ---------------------------------------------------------------------- from changed texts
@@ -152,6 +194,51 @@ def perturbation(question: Question, progress: Callable[[str, float], None] | No
     return scores[0] - scores[1:]
 
 
+def shapley(question: Question, samples: int = 25, seed: int = 0) -> Tensor:
+    """Shapley values of tokens against the baseline, by captum: what a token adds when it joins others in a random order; signed.
+
+    samples: orders (25), each one forward pass a token; any number of them sums to score(text) - score(baseline).
+    """
+    return _masked("ShapleyValueSampling", question, samples, seed)
+
+
+def lime(question: Question, samples: int = 200, seed: int = 0) -> Tensor:
+    """LIME, by captum: the coefficients of a linear model of the score on texts with random tokens replaced by the baseline; signed.
+
+    samples: changed texts (200), weighed by their likeness to the text: captum's kernel of width 1 on the cosine distance of embeddings.
+    The linear model is a ridge with penalty 1, which is what the method's authors fit.
+    """
+    return _masked("Lime", question, samples, seed, interpretable_model=_Ridge())
+
+
+class _Ridge:
+    """What captum's LIME fits: weighted least squares with a penalty of 1 on all coefficients but the constant."""
+
+    def fit(self, data, **unused) -> dict:
+        x, y, weight = (torch.cat(parts).double() for parts in zip(*data, strict=True))
+        x = torch.cat([x, torch.ones_like(x[:, :1])], 1)
+        penalty = torch.ones_like(x[0]).diag()
+        penalty[-1, -1] = 0
+        self.coefficients = torch.linalg.solve(
+            x.mT @ (weight.view(-1, 1) * x) + penalty, x.mT @ (weight * y).view(-1, 1)
+        )
+        return {}
+
+    def representation(self) -> Tensor:
+        return self.coefficients[:-1].mT
+
+
+@torch.no_grad()
+def _masked(name: str, question: Question, samples: int, seed: int, **options) -> Tensor:
+    """captum's methods that replace whole tokens by the baseline."""
+    check_count("samples", samples, 1)
+    tokens = torch.arange(len(question.ids), device=question.embeds.device)[None, :, None].expand_as(question.embeds)
+    how = {"feature_mask": tokens.contiguous(), "n_samples": samples, "perturbations_per_eval": BATCH}
+    with _drawn(question, seed):
+        by = _captum(name)(question.score, **options)
+        return by.attribute(question.embeds, _start(question), **how)[0, :, 0].float()
+
+
 METHODS: dict[str, Callable[..., Tensor]] = {
     "attention": attention,
     "rollout": rollout,
@@ -159,10 +246,15 @@ METHODS: dict[str, Callable[..., Tensor]] = {
     "attention-gradient": attention_gradient,
     "gradient-input": gradient_input,
     "integrated-gradients": integrated_gradients,
+    "gradient-shap": gradient_shap,
     "perturbation": perturbation,
+    "shapley": shapley,
+    "lime": lime,
 }
 """Every attribution method by name."""
-SIGNED = frozenset({"gradient-input", "integrated-gradients", "perturbation"})
+DRAWN = frozenset({"gradient-shap", "shapley", "lime"})
+"""Methods that draw at random, with the options `samples` and `seed`."""
+SIGNED = DRAWN | {"gradient-input", "integrated-gradients", "perturbation"}
 """Methods that tell tokens that help the target (positive) from those that hurt it."""
 FORWARD = frozenset({"attention", "rollout", "norms"})
 """Methods that read weights only and never ask what they do to the answer."""

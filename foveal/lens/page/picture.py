@@ -138,6 +138,9 @@ class _Exact:
             len(lens.heads), min(reading.info.n_layers * reading.info.heads, max(1, ROOM // (8 * n * self.top)))
         )
         self.values: dict[tuple[int, int], tuple[Tensor, Tensor]] = {}
+        self.began: dict[
+            tuple[int, int], float
+        ] = {}  # by the first piece alone, which decides who is listed in any order of reading
         self.scores: dict[tuple[int, int], float] = {}
 
     def add(self, piece: Piece) -> None:
@@ -148,8 +151,8 @@ class _Exact:
         named = set(self.lens.heads)
         if piece.first == 0:
             found = {(piece.layer, h): x + (math.inf if (piece.layer, h) in named else 0) for h, x in enumerate(scores)}
-            best = sorted({**self.scores, **found}.items(), key=lambda x: -x[1])[: self.count]
-            self.scores = dict(best)
+            self.began = dict(sorted({**self.began, **found}.items(), key=lambda x: -x[1])[: self.count])
+            self.scores = {head: self.scores.get(head, x) for head, x in self.began.items()}
             self.values = {head: x for head, x in self.values.items() if head in self.scores}
             mine = [h for layer, h in self.scores if layer == piece.layer]
             for h in mine:
