@@ -8,6 +8,8 @@ kvpress pins an older transformers, so it has an environment of its own and this
 
 The context is read and compressed before the question is known, one sequence at a time; answers are greedy. Budgets are shares of
 the context. Settings are made equal: SnapKV with 32 observing queries and average pooling over 7, random without protected keys.
+Scores, bytes and peaks are of `--workers` processes, dealt out over the GPUs; seconds are of one process alone that comes after them.
+Every answer is written down as it comes, and the same command goes on where it was stopped.
 """
 
 from __future__ import annotations
@@ -16,17 +18,23 @@ import argparse
 import contextlib
 import datetime
 import json
+import multiprocessing
 import platform
 import statistics
 import sys
 import time
+import types
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
 
-TASKS = ("passkey", "needle", "niah_single_2")
+TASKS = ("passkey", "niah_single_2")
 SNAP = {"window": 32, "kernel": 7}
 NAMES = ("dense", "streaming-llm", "random-keep", "snapkv", "ada-kv")
+ANSWER = 32  # tokens of an answer, at most: the number asked for is its beginning
+TIMED, STEPS = 4, 64  # prompts, and tokens after each question, that seconds are measured on
+One = Callable[[str, float, dict, bool], dict]
 
 
 def ours(name: str, budget: float) -> str:
@@ -68,50 +76,59 @@ def now(device: torch.device) -> float:
 
 
 def ask(options: argparse.Namespace) -> None:
-    """Write the prompts and answer them."""
+    """Write the prompts, unless they are there, and answer them."""
     import foveal
-    from foveal.compare.drive import answer
-    from foveal.compare.measure import Memory
+
+    options.work.mkdir(parents=True, exist_ok=True)
+    if not (options.work / "prompts.json").exists():
+        write_prompts(options)
+    run("foveal", options.work, options.workers, {"foveal": foveal.__version__})
+
+
+def write_prompts(options: argparse.Namespace) -> None:
+    import foveal
     from foveal.default_model import default_folder
     from foveal.tasks import get_task
 
     model, tokenizer = foveal.load(options.model, device=options.device)
     prompts = []
     for name in options.tasks:
-        task = get_task(name)
-        for s in task.samples(tokenizer, options.length, options.samples):
-            prompts.append(
-                {
-                    "task": name,
-                    "index": s.index,
-                    "context": s.context,
-                    "question": s.question,
-                    "most": task.max_new_tokens,
-                }
-            )
-    options.work.mkdir(parents=True, exist_ok=True)
+        for s in get_task(name).samples(tokenizer, options.length, options.samples):
+            told = {k: getattr(s, k) for k in ("context", "question", "target", "length", "depth", "index", "seed")}
+            prompts.append({"task": name, **told})
     head = {
         "model": options.model or str(default_folder()),
-        "device": str(model.device),
+        "device": model.device.type,
         "dtype": str(model.dtype).removeprefix("torch."),
     }
     head |= {"length": options.length, "samples": options.samples, "budgets": options.budgets, "tasks": options.tasks}
     (options.work / "prompts.json").write_text(json.dumps(head | {"prompts": prompts}), "utf-8")
+
+
+def foveal_side(head: dict, device: str) -> One:
+    """How Foveal answers a prompt."""
+    import foveal
+    from foveal.compare.drive import answer
+    from foveal.compare.measure import Memory
+
+    model, tokenizer = foveal.load(head["model"], device=device, dtype=head["dtype"])
     stops = model.generation_config.eos_token_id
     stops = set(stops) if isinstance(stops, list) else {stops}
 
-    def one(name: str, budget: float, p: dict) -> dict:
+    def one(name: str, budget: float, p: dict, timed: bool) -> dict:
         method = None if name == "dense" else ours(name, budget)
         with torch.no_grad(), foveal.attach(model, method), Memory(model.device) as memory:
             start = now(model.device)
             store = model(torch.tensor([p["context"]], device=model.device), logits_to_keep=1).past_key_values
             read = now(model.device)
             held = store.nbytes
-            (ids,) = answer(model, store, [tuple(p["question"])], p["most"], stops)
+            most, until = (STEPS, set()) if timed else (ANSWER, stops)
+            (ids,) = answer(model, store, [tuple(p["question"])], most, until)
             end = now(model.device)
-        return told(tokenizer, ids, held, memory.peak, read - start, end - read)
+        text = tokenizer.decode(ids, skip_special_tokens=True)
+        return told(text, held, memory.peak, read - start, end - read)
 
-    run(options.work / "foveal.json", prompts, options.budgets, one, {"foveal": foveal.__version__})
+    return one
 
 
 # ---------------------------------------------------------------------- kvpress's side
@@ -121,23 +138,39 @@ def press(options: argparse.Namespace) -> None:
     """Answer the prompts that `ask` wrote, with kvpress's own code."""
     from importlib.metadata import version
 
+    run("kvpress", options.work, options.workers, {"kvpress": version("kvpress")})
+
+
+def kvpress_side(head: dict, device: str) -> One:
+    """How kvpress answers a prompt."""
+    for module, name in (
+        ("datasets", "load_dataset"),
+        ("fire", "Fire"),
+        ("requests", "get"),
+    ):  # for what is not used here
+        try:
+            __import__(module)
+        except ImportError:
+            sys.modules[module] = types.ModuleType(module)
+            setattr(sys.modules[module], name, None)
     from kvpress.pipeline import KVPressTextGenerationPipeline
     from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache
     from transformers.utils import logging
 
     logging.disable_progress_bar()
-    head = json.loads((options.work / "prompts.json").read_text("utf-8"))
     tokenizer = AutoTokenizer.from_pretrained(head["model"])
     dtype = getattr(torch, head["dtype"])
     model = AutoModelForCausalLM.from_pretrained(head["model"], dtype=dtype, attn_implementation="sdpa")
-    model = model.to(head["device"]).eval()
+    model = model.to(device).eval()
     pipe = KVPressTextGenerationPipeline(model=model, tokenizer=tokenizer, device=model.device)
+    stops = model.generation_config.eos_token_id
 
-    def one(name: str, budget: float, p: dict) -> dict:
+    def one(name: str, budget: float, p: dict, timed: bool) -> dict:
         how = contextlib.nullcontext() if name == "dense" else theirs(name, budget)(model)
         context = torch.tensor([p["context"]], device=model.device)
         question = torch.tensor([p["question"]], device=model.device)
         cache, peak = DynamicCache(), Peak(model.device)
+        model.generation_config.eos_token_id = -1 if timed else stops
         for layer in model.model.layers:  # what AdaKVPress hid for the last prompt lives on the layers
             layer.self_attn.masked_key_indices = None
         with torch.no_grad(), peak:
@@ -147,12 +180,11 @@ def press(options: argparse.Namespace) -> None:
             read = now(model.device)
             tensors = [x for layer in cache.layers for x in (layer.keys, layer.values)]
             held = sum(x.untyped_storage().nbytes() for x in tensors)
-            said = pipe.generate_answer(question, cache, context.shape[1], p["most"])
+            text = pipe.generate_answer(question, cache, context.shape[1], STEPS if timed else ANSWER)
             end = now(model.device)
-        ids = tokenizer(said, add_special_tokens=False)["input_ids"]
-        return told(tokenizer, ids, held, peak.peak, read - start, end - read) | {"text": said}
+        return told(text, held, peak.peak, read - start, end - read)
 
-    run(options.work / "kvpress.json", head["prompts"], head["budgets"], one, {"kvpress": version("kvpress")})
+    return one
 
 
 class Peak:
@@ -194,128 +226,154 @@ class Peak:
 # ---------------------------------------------------------------------- both
 
 
-def told(tokenizer, ids: list[int], held: int, peak: int, read_s: float, answer_s: float) -> dict:
-    text = tokenizer.decode(ids, skip_special_tokens=True)
-    step = answer_s / max(1, len(ids))
-    return {"text": text, "bytes": held, "peak_bytes": peak, "read_s": read_s, "token_s": step}
+def told(text: str, held: int, peak: int, read_s: float, answer_s: float) -> dict:
+    return {"text": text, "bytes": held, "peak_bytes": peak, "read_s": read_s, "answer_s": answer_s}
 
 
-def run(file: Path, prompts: list[dict], budgets: list[float], one, versions: dict) -> None:
-    """Every method on every prompt, prompt by prompt, so that a busy machine slows all alike."""
+def run(side: str, work: Path, workers: int, versions: dict) -> None:
+    """Every method on every prompt by `workers` processes; then seconds, by one alone."""
     import transformers
 
-    answers, failed = [], {}
-    for name, budget in plan(budgets):  # once for warmth; what fails on the first prompt is not asked again
-        try:
-            one(name, budget, prompts[0])
-        except Exception as error:
-            failed[name, budget] = f"{type(error).__name__}: {error}"
-    able = [config for config in plan(budgets) if config not in failed]
-    for i, p in enumerate(prompts):
-        for name, budget in able:
-            answers.append({"method": name, "budget": budget, "prompt": i} | one(name, budget, p))
-        print(f"{file.stem}: {i + 1} of {len(prompts)} prompts", file=sys.stderr)
     versions |= {
         "torch": torch.__version__,
         "transformers": transformers.__version__,
         "python": platform.python_version(),
     }
-    file.write_text(
-        json.dumps(
-            {"versions": versions, "failed": [[*c, why] for c, why in failed.items()], "answers": answers}, indent=1
-        ),
-        "utf-8",
-    )
+    (work / f"{side}.json").write_text(json.dumps(versions), "utf-8")
+    context = multiprocessing.get_context("spawn")
+    for timed, count in ((False, workers), (True, 1)):
+        crew = [context.Process(target=answer_share, args=(side, work, i, count, timed)) for i in range(count)]
+        for process in crew:
+            process.start()
+        for process in crew:
+            process.join()
+        if any(process.exitcode for process in crew):
+            sys.exit(f"{side}: a process failed; the same command goes on with what is left")
+
+
+def answer_share(side: str, work: Path, i: int, count: int, timed: bool) -> None:
+    """Every `count`-th prompt from number i, prompt by prompt, so that a busy machine slows all methods alike."""
+    torch.set_num_threads(max(1, torch.get_num_threads() // count))
+    head = json.loads((work / "prompts.json").read_text("utf-8"))
+    device = head["device"] if head["device"] == "cpu" else f"cuda:{i % torch.cuda.device_count()}"
+    if device != "cpu":
+        torch.cuda.set_device(device)
+    known = {(a["method"], a["budget"], a["prompt"]) for a in answers(side, work, timed)}
+    mine = [n for n in range(len(head["prompts"])) if n % count == i]
+    todo = [(n, *c) for n in (mine[:TIMED] if timed else mine) for c in plan(head["budgets"]) if (*c, n) not in known]
+    if not todo:
+        return
+    one = {"foveal": foveal_side, "kvpress": kvpress_side}[side](head, device)
+    for name, budget in plan(head["budgets"]):  # once for warmth; what fails says so below
+        with contextlib.suppress(Exception):
+            one(name, budget, head["prompts"][todo[0][0]], timed)
+    with (work / f"{side}.{'timed' if timed else 'answers'}.{i}.jsonl").open("a", encoding="utf-8") as file:
+        if file.tell():
+            file.write("\n")  # after a line that may have been cut off
+        for n, name, budget in todo:
+            try:
+                got = one(name, budget, head["prompts"][n], timed)
+            except Exception as error:
+                got = {"error": f"{type(error).__name__}: {error}"}
+            file.write(json.dumps({"method": name, "budget": budget, "prompt": n} | got) + "\n")
+            file.flush()
+            if name == NAMES[-1] and budget == head["budgets"][-1]:
+                print(f"{side}{' timed' if timed else ''}: prompt {n + 1} of {len(head['prompts'])}", file=sys.stderr)
+
+
+def answers(side: str, work: Path, timed: bool) -> list[dict]:
+    """What was written so far; a last line that was cut off is left out."""
+    found = []
+    for file in sorted(work.glob(f"{side}.{'timed' if timed else 'answers'}.*.jsonl")):
+        for line in file.read_text("utf-8").splitlines():
+            with contextlib.suppress(ValueError):
+                found.append(json.loads(line))
+    return found
 
 
 def table(options: argparse.Namespace) -> None:
     """Score both sides, print a table and write the results."""
-    from transformers import AutoTokenizer
-
     from foveal.compare.measure import hardware
-    from foveal.stats import paired_bootstrap
-    from foveal.tasks import get_task
+    from foveal.stats import bootstrap, paired_bootstrap
+    from foveal.tasks import Sample, get_task
 
     head = json.loads((options.work / "prompts.json").read_text("utf-8"))
-    sides = {s: json.loads((options.work / f"{s}.json").read_text("utf-8")) for s in ("foveal", "kvpress")}
-    tokenizer = AutoTokenizer.from_pretrained(head["model"])
-    asked = {}
-    for name in head["tasks"]:
-        task = get_task(name)
-        asked |= {(name, s.index): (task, s) for s in task.samples(tokenizer, head["length"], head["samples"])}
-    scores, rows = {}, []
-    for side, found in sides.items():
-        for a in found["answers"]:
-            p = head["prompts"][a["prompt"]]
-            task, sample = asked[p["task"], p["index"]]
-            assert list(sample.context) == p["context"], "the prompts are of another version of the tasks"
-            scores.setdefault((a["method"], a["budget"], side), []).append(task.score(sample, a["text"]))
-    dense = next(a["bytes"] for a in sides["kvpress"]["answers"] if a["method"] == "dense")
-    for (method, budget, side), values in sorted(
-        scores.items(), key=lambda x: (NAMES.index(x[0][0]), -x[0][1], x[0][2])
-    ):
-        mine = [a for a in sides[side]["answers"] if (a["method"], a["budget"]) == (method, budget)]
-        plain = [a for a in sides["kvpress"]["answers"] if a["method"] == "dense"]
-        other = scores.get((method, budget, "kvpress"))
-        gain = None if other is None else paired_bootstrap(values, other)._asdict()
-        rows.append(
-            {
-                "method": method,
-                "budget": budget,
-                "side": side,
-                "score": statistics.fmean(values),
-                "n": len(values),
-                "over_kvpress": gain,
-                "bytes_of_dense": statistics.fmean(a["bytes"] / b["bytes"] for a, b in zip(mine, plain, strict=True)),
-                "peak_mb": statistics.median(a["peak_bytes"] for a in mine) / 1e6,
-                "read_s": statistics.median(a["read_s"] for a in mine),
-                "token_ms": 1e3 * statistics.median(a["token_s"] for a in mine),
-            }
-        )
+    sides = ("foveal", "kvpress")
+    tasks = {name: get_task(name) for name in head["tasks"]}
+    found = {side: {} for side in sides}
+    for side in sides:
+        for a in answers(side, options.work, timed=False):
+            found[side].setdefault((a["method"], a["budget"]), {})[a["prompt"]] = a
+    seconds = {side: answers(side, options.work, timed=True) for side in sides}
+
+    def score(a: dict) -> float:
+        p = head["prompts"][a["prompt"]]
+        gold = p["target"] if isinstance(p["target"], str) else tuple(p["target"])
+        sample = Sample(tuple(p["context"]), tuple(p["question"]), gold, p["length"], p["depth"], p["index"], p["seed"])
+        return tasks[p["task"]].score(sample, a["text"])
+
+    rows, failed = [], []
+    for config in plan(head["budgets"]):
+        asked = {side: found[side].get(config, {}) for side in sides}
+        for side in sides:
+            errors = [a["error"] for a in asked[side].values() if "error" in a]
+            failed += [[side, *config, f"{len(errors)} of {len(asked[side])} prompts: {errors[0]}"]] if errors else []
+            asked[side] = {n: a for n, a in asked[side].items() if "error" not in a}
+        good = [side for side in sides if asked[side]]
+        both = sorted(set.intersection(*(set(asked[side]) for side in good))) if good else []
+        scores = {side: [score(asked[side][n]) for n in both] for side in good}
+        for side in good if both else ():
+            mine = [asked[side][n] for n in both]
+            quiet = [a for a in seconds[side] if (a["method"], a["budget"]) == config and "error" not in a]
+            plain = [found["kvpress"]["dense", 1.0][n] for n in both]
+            paired = side == "foveal" and len(good) == 2
+            rows.append(
+                {
+                    "method": config[0],
+                    "budget": config[1],
+                    "side": side,
+                    "score": bootstrap(scores[side], bounds=(0, 1))._asdict(),
+                    "over_kvpress": paired_bootstrap(*scores.values(), bounds=(-1, 1))._asdict() if paired else None,
+                    "bytes_of_dense": statistics.fmean(
+                        a["bytes"] / b["bytes"] for a, b in zip(mine, plain, strict=True)
+                    ),
+                    "peak_mb": statistics.median(a["peak_bytes"] for a in mine) / 1e6,
+                    "read_s": statistics.median(a["read_s"] for a in quiet) if quiet else None,
+                    "token_ms": 1e3 * statistics.median(a["answer_s"] / STEPS for a in quiet) if quiet else None,
+                }
+            )
     date = datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d")
     meta = {"date": date, "model": Path(head["model"]).name, "device": head["device"], "dtype": head["dtype"]}
-    meta |= {k: head[k] for k in ("length", "samples", "tasks", "budgets")} | {"dense_bytes_of_first_prompt": dense}
+    meta |= {k: head[k] for k in ("length", "samples", "tasks", "budgets")}
     meta |= {
+        "answer_tokens": ANSWER,
+        "timed": {"prompts": TIMED, "tokens": STEPS},
         "hardware": hardware(torch.device(head["device"])),
-        "versions": {s: f["versions"] for s, f in sides.items()},
+        "versions": {side: json.loads((options.work / f"{side}.json").read_text("utf-8")) for side in sides},
+        "failed": failed,
     }
     out = options.results / f"kvpress-{date}.json"
-    meta["failed"] = {s: f["failed"] for s, f in sides.items()}
-    out.write_text(json.dumps({"meta": meta, "rows": rows}, indent=1) + "\n", "utf-8")
-    print(
-        markdown(rows),
-        *(f"{s} failed: {f['failed']}" for s, f in sides.items() if f["failed"]),
-        f"wrote {out}",
-        sep="\n",
-    )
+    lines = ",\n".join("  " + json.dumps(rounded(r)) for r in rows)
+    out.write_text(f'{{\n "meta": {json.dumps(meta)},\n "rows": [\n{lines}\n ]\n}}\n', "utf-8")
+    print(json.dumps(rows, indent=1), *(f"failed: {f}" for f in failed), f"wrote {out}", sep="\n")
 
 
-def markdown(rows: list[dict]) -> str:
-    """The rows as a table."""
-    lines = [
-        "| method | budget | side | score | bytes of dense | peak MB | reading s | a token ms |",
-        "| --- |" + " ---: |" * 7,
-    ]
-    for r in rows:
-        cells = (
-            r["method"],
-            f"{r['budget']:.1%}",
-            r["side"],
-            f"{r['score']:.2f} (n={r['n']})",
-            f"{r['bytes_of_dense']:.1%}",
-        )
-        lines.append(f"| {' | '.join(cells)} | {r['peak_mb']:.0f} | {r['read_s']:.2f} | {r['token_ms']:.0f} |")
-    return "\n".join(lines)
+def rounded(x):
+    """Numbers with four digits, as a table needs them."""
+    if isinstance(x, dict):
+        return {k: rounded(v) for k, v in x.items()}
+    return float(f"{x:.4g}") if isinstance(x, float) else x
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("step", choices=("ask", "press", "table"))
     parser.add_argument("--work", type=Path, required=True, help="folder of prompts and answers")
+    parser.add_argument("--workers", type=int, default=1, help="processes, dealt out over the GPUs")
     parser.add_argument("--model", default=None, help="a local folder; default: the default model")
     parser.add_argument("--device", default=None)
     parser.add_argument("--length", type=int, default=2048)
-    parser.add_argument("--samples", type=int, default=20)
+    parser.add_argument("--samples", type=int, default=100)
     parser.add_argument("--tasks", type=lambda t: t.split(","), default=list(TASKS))
     parser.add_argument("--budgets", type=lambda t: [float(b) for b in t.split(",")], default=[0.5, 0.25, 0.125])
     parser.add_argument("--results", type=Path, default=Path(__file__).parent / "results")

@@ -1,36 +1,43 @@
-"""Fills the tables of the page on keeping from the committed results of `benchmarks.keep` and `benchmarks.stream`."""
+"""Fills the tables of the pages on keeping, comparing, kvpress and tuning from the committed results of the benchmarks."""
 
+import importlib.util
 import json
 import math
 import re
 from pathlib import Path
 
+_BESIDE = importlib.util.spec_from_file_location("published", Path(__file__).with_name("published.py"))
+published = importlib.util.module_from_spec(_BESIDE)
+_BESIDE.loader.exec_module(published)
+
 RESULTS = Path(__file__).resolve().parent.parent / "benchmarks" / "results"
-PAGE = "keep.md"
+PAGES = ("keep.md", "compare.md", "kvpress.md", "tune.md")
 AGAIN = "window read anew"
 COLUMNS = {"decode_ms": ".2f", "decode_speedup": ".2f", "of_dense_bytes": ".3f", "reading_of_dense": ".2f"}
-_MARK = re.compile(r"<!-- results: ([\w-]+) -->")
+_MARK = re.compile(r"<!-- (results|reading): ([\w-]+) -->")
 
 
 def on_page_markdown(markdown, page, config, files):
     """Put the newest results in the place of their marks."""
-    return filled(markdown) if page.file.src_uri == PAGE else markdown
+    return filled(markdown) if page.file.src_uri in PAGES else markdown
 
 
 def filled(markdown: str, folder: Path = RESULTS) -> str:
-    return _MARK.sub(lambda mark: _table(mark[1], folder), markdown)
+    return _MARK.sub(lambda mark: _table(mark[1], mark[2], folder), markdown)
 
 
-def _table(name: str, folder: Path) -> str:
+def _table(what: str, name: str, folder: Path) -> str:
     found = sorted(folder.glob(f"{name}-*.json"))
     if not found:
-        command = name.partition("-")[0]
-        return f"Not measured yet: `python -m benchmarks.{command}` on a GPU writes the numbers."
+        return f"Not measured yet: `{COMMANDS[name]}` on a GPU writes the numbers."
     result = json.loads(found[-1].read_text("utf-8"))
+    if what == "reading":
+        return READINGS[name](result)
     meta = result["meta"]
-    machine, torch = meta["gpu"] or meta["cpu"], meta["versions"]["torch"]
-    source = f"\n\nOne {machine}, torch {torch}, {meta['date']}; `{found[-1].name}`, `{meta['command']}`.\n"
-    return TABLES[name](result) + source
+    versions = meta["versions"]
+    torch = versions["torch"] if "torch" in versions else versions["foveal"]["torch"]
+    told = f"; `{found[-1].name}`, `{meta.get('command') or COMMANDS[name]}`"
+    return f"{TABLES[name](result)}\n\nOne {published.machine(meta)}, torch {torch}, {meta['date'][:10]}{told}.\n"
 
 
 def keep(result: dict) -> str:
@@ -78,7 +85,21 @@ def stream(result: dict) -> str:
     )
 
 
-TABLES = {"keep-h100": keep, "stream-h100": stream}
+TABLES = {
+    "keep-h100": keep,
+    "stream-h100": stream,
+    "compare-ruler": published.compare,
+    "kvpress": published.kvpress,
+    "tune": published.tune,
+}
+READINGS = {"compare-ruler": published.reading}
+COMMANDS = {
+    "keep-h100": "python -m benchmarks.keep",
+    "stream-h100": "python -m benchmarks.stream",
+    "compare-ruler": "foveal compare --methods all --tasks ruler",
+    "kvpress": "python -m benchmarks.kvpress_side",
+    "tune": "foveal tune --data prompts.jsonl",
+}
 
 
 def _number(x: float | None, how: str) -> str:

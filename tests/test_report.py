@@ -201,12 +201,19 @@ def test_scores_that_are_not_finite_count_as_failed():
     assert h2o.tasks["perplexity"].value == pytest.approx(10.0)
 
 
-def test_dense_score_of_zero_gives_no_share():
+def test_a_task_in_which_dense_scores_nothing_is_left_out_and_said():
     results = small()
     for r in results["records"][:2]:
         r["score"] = 0.0
     _, h2o = summary_rows(results)
-    assert h2o.tasks["needle"].share is None and h2o.quality is None
+    assert h2o.tasks["needle"].share is None
+    assert h2o.quality == h2o.tasks["perplexity"].share is not None
+    assert "Dense scores nothing in needle, which is left out of its shares." in markdown_table(results)
+    for r in results["records"][2:4]:
+        r["score"] = 0.0
+    _, h2o = summary_rows(results)
+    assert h2o.quality is None
+    assert headline(results).startswith("The dense model itself scores nothing here")
 
 
 def test_settings_that_differ_name_the_series():

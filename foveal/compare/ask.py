@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -16,9 +16,11 @@ from ..replay import Recording, can_replay, record
 from ..spec import written
 from ..tasks import Sample, Task
 from .drive import answer, follow
-from .measure import Memory, explain, hardware, now
+from .measure import Memory, explain, hardware, now, out_of_memory
 
-TOGETHER = 10  # questions answered as one batch
+TOGETHER = 10  # questions answered as one batch on a CPU
+# On a GPU launches and not sequences bound a step: so many questions, of so many tokens together.
+MOST, TOKENS = 64, 80_000
 # Where the next turn begins, the last tokens of the question before may be written as others.
 _SEAM = 4
 
@@ -78,6 +80,17 @@ class Texts:
 
 
 @dataclass(frozen=True)
+class Unmade:
+    """Work: the samples of a task at a length, see `Task.samples`; the result are these."""
+
+    task: Task
+    length: int
+    count: int
+    seed: int
+    positions: int | None
+
+
+@dataclass(frozen=True)
 class Unready:
     """Work: samples of which only the dense model can tell something; the result are the samples, made ready."""
 
@@ -91,6 +104,7 @@ class Asker:
     def __init__(self, model, tokenizer):
         self.model, self.tokenizer, self.device = model, tokenizer, model.device
         self._readings: tuple[tuple, dict[tuple, Recording | None]] = ((), {})
+        self._room: float = float("inf")  # tokens of questions at a time, where memory has run out before
 
     @property
     def machine(self) -> dict:
@@ -98,28 +112,67 @@ class Asker:
         return {"device": self.device.type} | hardware(self.device)
 
     @torch.no_grad()
-    def __call__(self, work: Questions | Texts | Unready) -> list:
-        """For each method its Answers, or a list of a Prediction for each text, or Failed; for Unready the samples."""
+    def __call__(self, work: Questions | Texts | Unmade | Unready) -> list:
+        """For each method its Answers, or a list of a Prediction for each text, or Failed; for Unmade and Unready the samples."""
         if isinstance(work, Unready):
             return work.task.prepare(self.model, list(work.samples))
-        one = self._asked if isinstance(work, Questions) else self._told
+        if isinstance(work, Unmade):
+            return work.task.samples(self.tokenizer, work.length, work.count, work.seed, positions=work.positions)
+        if isinstance(work, Questions):
+            return self._asked(work)
         out = []
         for method in work.methods:
             try:
-                out.append(one(method, work))
+                out.append(self._told(method, work))
             except Exception as error:
                 out.append(Failed(explain(error)))
         return out
 
-    def _asked(self, method: Method | None, work: Questions) -> Answers:
-        contexts = tuple(dict.fromkeys(s.context for _, s in work.asked))
-        readings = self._shared(contexts, work.beside or work.methods) if can_replay(method) else {}
-        return self.ask(method, work.asked, readings)
+    def _asked(self, work: Questions) -> list[Answers | Failed]:
+        """Answers of all methods; where memory runs out, to half of the questions at a time, now and later."""
+        found: list[list[Answers | Failed]] = [[] for _ in work.methods]
+        waiting = [work.asked]
+        while waiting:
+            part = waiting.pop()
+            halves = _halves(part)
+            if halves and _tokens(part) > self._room:
+                waiting += reversed(halves)
+                continue
+            got = self._together(work, part, last=not halves)
+            if got is None:
+                self._room = _tokens(part) - 1
+                waiting.append(part)
+                continue
+            for mine, answers in zip(found, got, strict=True):
+                mine.append(answers)
+        return [_joined(mine) for mine in found]
+
+    def _together(self, work: Questions, part: tuple[Asked, ...], last: bool) -> list[Answers | Failed] | None:
+        """Answers of all methods to these questions; None where memory runs out, unless this is the `last` way to ask them."""
+        contexts = tuple(dict.fromkeys(s.context for _, s in part))
+        out: list[Answers | Failed] = []
+        for method in work.methods:
+            try:
+                readings = self._shared(contexts, work.beside or work.methods) if can_replay(method) else {}
+                out.append(self.ask(method, part, readings))
+                continue
+            except Exception as error:
+                tight, why = out_of_memory(error), explain(error)
+            if tight:  # out here the exception holds nothing any more
+                self._readings = (), {}
+                if self.device.type == "cuda":
+                    torch.cuda.empty_cache()
+                if not last:
+                    return None
+            out.append(Failed(why))
+        return out
 
     def _told(self, method: Method | None, work: Texts) -> list[Prediction]:
         found = []
         if work.alone:
             self._readings = (), {}  # their memory is nobody's cost
+            if self.device.type == "cuda":  # nor is the first time: kernels are compiled then
+                self.predict(method, *work.texts[0])
         for sample, targets in work.texts:
             reading = None
             if not work.alone and can_replay(method):
@@ -139,11 +192,13 @@ class Asker:
 
     def read(self, document: tuple[int, ...], methods: Sequence[Method | None]) -> Recording | None:
         """A dense reading that all of `methods` that can may replay; None where one of them spoils it for all."""
-        # Then each reads for itself and answers for its own failure.
-        with suppress(Exception):
+        try:
             ids = torch.tensor([document], device=self.device)
             return record(self.model, ids, [m for m in methods if can_replay(m)])
-        return None
+        except Exception as error:
+            if out_of_memory(error):
+                raise
+        return None  # then each reads for itself and answers for its own failure
 
     def ask(self, method: Method | None, chunk: Sequence[Asked], readings: Mapping[tuple, Recording | None]) -> Answers:
         """Questions of kind "generate", each after its context was read (or replayed) and compressed.
@@ -155,6 +210,7 @@ class Asker:
             contexts = dict.fromkeys(s.context for _, s in chunk)
             stores = {c: self._store(session, c, readings.get(c)) for c in contexts}
             held = {c: (s.nbytes, s.dense_nbytes) for c, s in stores.items()}
+            questions_on = Counter(s.context for _, s in chunk)
             talks: dict[tuple, Talk] = {}
             found: dict[int, list[int]] = {}
             reads: dict[int, float | None] = {}
@@ -162,8 +218,11 @@ class Asker:
                 forks, questions = [], []
                 for i in group:
                     task, sample = chunk[i]
-                    talk = talks.setdefault((task.name, sample.context), Talk(stores[sample.context]))
-                    store, rest = talk.begin(sample.question)
+                    if questions_on[sample.context] == 1:
+                        store, rest = stores.pop(sample.context), sample.question
+                    else:
+                        talk = talks.setdefault((task.name, sample.context), Talk(stores[sample.context]))
+                        store, rest = talk.begin(sample.question)
                     forks.append(store)
                     questions.append(rest)
                 found |= zip(group, self._answer(forks, questions, chunk[group[0]][0].max_new_tokens), strict=True)
@@ -201,10 +260,12 @@ class Asker:
         return self.model(torch.tensor([context], device=self.device), logits_to_keep=1).past_key_values
 
     def _answer(self, stores: list[Store], questions: list[tuple[int, ...]], most: int) -> list[list[int]]:
+        """Greedy answers; the stores are used up, and gone from the list as their sequences join a batch."""
         # Layers with a window cannot hold questions of different lengths: there each is answered alone.
         size, out = 1 if len(stores[0].managed) < len(stores[0].layers) else len(stores), []
         for i in range(0, len(stores), size):
-            joined = Store.join(stores[i : i + size])
+            joined = Store.join(stores[:size])
+            del stores[:size]
             out += answer(self.model, joined, questions[i : i + size], most, self._stops)
         return out
 
@@ -250,17 +311,44 @@ class Talk:
         self.seen = question[:shared]
 
 
-def chunks(asked: Sequence[Asked]) -> Iterator[list[Asked]]:
-    """Questions in batches of about `TOGETHER`, those on one document never apart."""
+def together(device: torch.device, length: int) -> int:
+    """Questions on texts of this length that are answered as one batch."""
+    return TOGETHER if device.type == "cpu" else max(1, min(MOST, TOKENS // length))
+
+
+def chunks(asked: Sequence[Asked], device: torch.device) -> Iterator[list[Asked]]:
+    """Questions in batches, see `together`, those on one document never apart."""
+    most = together(device, max((s.length for _, s in asked), default=1))
     chunk: list[Asked] = []
     for i, (task, sample) in enumerate(asked):
         fresh = i > 0 and asked[i - 1][1].context != sample.context
-        if chunk and fresh and len(chunk) >= TOGETHER:
+        if chunk and fresh and len(chunk) >= most:
             yield chunk
             chunk = []
         chunk.append((task, sample))
     if chunk:
         yield chunk
+
+
+def _halves(asked: tuple[Asked, ...]) -> list[tuple[Asked, ...]]:
+    """The same questions in two parts, those on one document never apart; none where they share one."""
+    contexts = list(dict.fromkeys(s.context for _, s in asked))
+    first = set(contexts[: len(contexts) // 2])
+    parts = [tuple(a for a in asked if (a[1].context in first) == here) for here in (True, False)]
+    return parts if first else []
+
+
+def _tokens(asked: tuple[Asked, ...]) -> int:
+    return sum(map(len, {s.context for _, s in asked}))
+
+
+def _joined(parts: list[Answers | Failed]) -> Answers | Failed:
+    """Answers to the questions of all parts; what failed in one of them failed."""
+    for part in parts:
+        if isinstance(part, Failed):
+            return part
+    held = {context: bytes_ for part in parts for context, bytes_ in part.held.items()}
+    return Answers([x for p in parts for x in p.scores], [x for p in parts for x in p.reads], held)
 
 
 def _groups(chunk: Sequence[Asked]) -> list[list[int]]:

@@ -80,8 +80,11 @@ def headline(results: dict) -> str:
     ranked = [r for r in rows if not r.baseline and r.complete and r.quality is not None]
     if not rows:
         return "This run holds no results yet."
-    if not any(r.baseline and r.tasks for r in rows):
+    told = [score.value for r in rows if r.baseline for score in r.tasks.values()]
+    if not told:
         return "This run has no finished dense baseline, so scores stand alone and shares of dense are not known."
+    if max(told) <= 0:
+        return "The dense model itself scores nothing here, so shares of it mean nothing: ask shorter texts or other tasks."
     if not ranked:
         return "No method finished every task and length, so none is named best; the table shows what did finish."
     shrinking = [r for r in ranked if r.budget is not None and r.kv_share is not None and r.kv_share < GOOD]

@@ -2,8 +2,8 @@
 
 Each prompt is read densely once; methods that read like the dense model start from a replay of it, the others read for
 themselves. The question comes after compression, and questions on texts of one length are answered as one batch (`ask.py`).
-Speed and memory come from runs of their own, one sequence at a time by one worker while the others rest, so that nothing shared is
-counted to anyone. Every answer goes to the journal as it comes.
+Speed and memory come from runs of their own, one sequence at a time by one worker (or by one on each GPU) while the others rest, so
+that nothing shared is counted to anyone. Every answer goes to the journal as it comes.
 """
 
 from __future__ import annotations
@@ -24,16 +24,17 @@ from ..errors import InputError
 from ..hub import check_weights, model_identity
 from ..method import Budget, Method, check_count
 from ..replay import can_replay
-from ..scale import Crew, Lost, check_workers, crew
+from ..scale import Crew, Lost, WorkersError, check_workers, crew
 from ..spec import parse_task, written
 from ..tasks import Sample, Task
-from .ask import Asked, Asker, Failed, Prediction, Questions, Texts, Unready, chunks
+from .ask import Asked, Asker, Failed, Prediction, Questions, Texts, Unmade, Unready, chunks
 from .journal import Answer, Journal, conditions, task_key
 from .measure import explain, hardware
 from .plan import BUDGETS, LENGTHS, METHODS, SAMPLES, Config, configurations, default_tasks
 from .records import Comparison, Record, filled
 
 PARTS = 4  # pieces of work for each worker, at least, so that none rests long before the end
+ABREAST = 6  # configurations of a piece for one of several workers, at most: what a run that is stopped loses is little
 
 
 def compare(
@@ -76,42 +77,53 @@ def compare(
     check_weights(model)
     attach(model).close()  # a model that cannot be attached is refused before any work
     known = Journal(None if journal is None else Path(journal), conditions(model, chosen, seed))
-    run = _Run(model, tokenizer, configs, chosen, sorted(set(lengths)), samples, seed, progress, command, known)
+    lengths = list(dict.fromkeys(lengths))
+    run = _Run(model, tokenizer, configs, chosen, lengths, samples, seed, progress, command, known, workers, ray)
     with crew(Asker, model, tokenizer, workers=workers, ray=ray) as hands:
-        return run(hands, workers, ray)
+        return run(hands)
 
 
 class _Run:
     """One comparison under way."""
 
-    def __init__(self, model, tokenizer, configs, tasks, lengths, samples, seed, progress, command, journal):
+    def __init__(
+        self, model, tokenizer, configs, tasks, lengths, samples, seed, progress, command, journal, workers, ray
+    ):
         self.model, self.configs, self.tasks = model, configs, tasks
         self.lengths, self.samples, self.seed, self.journal = lengths, samples, seed, journal
+        self.workers, self.ray, self.longest = workers, ray, max(lengths)
         self.progress = progress or (lambda line, share: None)
         self.records: dict[tuple, Record] = {}
         self.unscored: set[str] = set()  # tasks that could not be prepared
         self.interrupted = False
         self.started = datetime.now(UTC)
-        positions = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+        self.positions = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+        # Several processes make the samples faster than this one; the first of each tells what cannot be asked at all.
+        self.made = not workers or ray is not None
         self.cells = {
-            (task.name, length): task.samples(tokenizer, length, self._count(task), seed, positions=positions)
+            (task.name, length): task.samples(
+                tokenizer, length, self._count(task) if self.made else 1, seed, positions=self.positions
+            )
             for length in lengths
             for task in tasks
-            if task.kind == "generate" or length == lengths[-1]
+            if task.kind == "generate" or length == self.longest
         }
         self.meta = self._meta(command)
 
-    def __call__(self, hands: Crew, workers: int | None, ray: str | None) -> Comparison:
+    def __call__(self, hands: Crew) -> Comparison:
         start = time.perf_counter()
         try:
+            if not self.made:
+                self._make(hands)
             self._all(hands)
         except KeyboardInterrupt:
             self.interrupted = True
         self.meta["elapsed_s"] = round(time.perf_counter() - start, 1)
         self.meta["interrupted"] = self.interrupted
-        if workers or ray is not None:
-            self.meta["workers"] = {"count": hands.size, "on": "processes" if ray is None else "ray"}
+        if self.workers or self.ray is not None:
+            self.meta["workers"] = {"count": hands.size, "on": "processes" if self.ray is None else "ray"}
             self.meta["machines"] = hands.machines
+        self._paced()
         dense, records = self.configs[0], []
         for c in self.configs:
             for task, length in self.cells:
@@ -151,9 +163,20 @@ class _Run:
         """Questions to ask, or texts to go on with: one text for every four questions."""
         return self.samples if task.kind == "generate" else max(1, self.samples // 4)
 
+    def _make(self, hands: Crew) -> None:
+        """Let the workers make the samples, the longest ones first."""
+        keys = sorted(self.cells, key=lambda key: -key[1])
+        tasks = {t.name: t for t in self.tasks}
+        work = [Unmade(tasks[n], length, self._count(tasks[n]), self.seed, self.positions) for n, length in keys]
+        self.progress("writing the questions", 0.0)
+        for i, made in hands.each(work):
+            if isinstance(made, Lost):
+                raise WorkersError(f"the questions of '{keys[i][0]}' could not be written: {made.why}")
+            self.cells[keys[i]] = made
+
     def _all(self, hands: Crew) -> None:
-        """Questions, shortest texts first so that something is there early; then texts, one method after another."""
-        longest, scored = self.lengths[-1], [t for t in self.tasks if t.kind == "nll"]
+        """Questions, lengths in the order asked for, so that something whole is there early; then texts, one method after another."""
+        longest, scored = self.longest, [t for t in self.tasks if t.kind == "nll"]
         questions = list(self._questions(hands.size))
         asking = [self._weight(*piece) for piece in questions]
         texts = sum(len(self.cells[t.name, longest]) for t in scored) or 1
@@ -170,25 +193,38 @@ class _Run:
             self._asked(*questions[i][:2], answers)
         for task in scored:
             self._prepare(hands, task, longest)
-        self._predict(hands, longest, scored, texts)
+        self._predict(hands, longest, texts)
         self.progress("done", 1.0)
 
     def _questions(self, size: int) -> Iterator[tuple[list[Config], tuple[Asked, ...], tuple[Method | None, ...]]]:
-        """(methods, questions, all methods that are asked them) that are still to be asked: one method a piece where one worker
-        does all, else as many as leave every worker a few pieces."""
+        """(methods, questions, all methods that are asked them) that are still to be asked.
+
+        One worker asks one method a piece, all of them before the next texts are read. Several take a length and a budget after the
+        other, as many methods a piece as leave each of them a few pieces, those together that can share a reading.
+        """
         plan = []
         for length in self.lengths:
             asked = [(t, s) for t in self.tasks if t.kind == "generate" for s in self.cells[t.name, length]]
-            for chunk in map(tuple, chunks(asked)):
-                waiting = [c for c in self.configs if any(self._known(c, t, s) is None for t, s in chunk)]
-                if waiting:
-                    plan.append((waiting, chunk))
-        groups = -(-PARTS * size // max(1, len(plan)))
+            pieces = [tuple(chunk) for chunk in chunks(asked, self.model.device)]
+            for configs in [self.configs] if size == 1 else self._slices():
+                for chunk in pieces:
+                    waiting = [c for c in configs if any(self._known(c, t, s) is None for t, s in chunk)]
+                    if waiting:
+                        plan.append((waiting, chunk))
+        step = min(ABREAST, sum(len(waiting) for waiting, _ in plan) // (PARTS * size)) if size > 1 else 1
         for waiting, chunk in plan:
-            step = 1 if size == 1 else -(-len(waiting) // groups)
             beside = tuple(c.method for c in waiting) if size == 1 else ()
-            for at in range(0, len(waiting), step):
-                yield waiting[at : at + step], chunk, beside
+            for at in range(0, len(waiting), max(1, step)):
+                yield waiting[at : at + max(1, step)], chunk, beside
+
+    def _slices(self) -> list[list[Config]]:
+        """The configurations by budget, in the order asked for (dense and what has none first); who reads like dense stands together."""
+        first = [c for c in self.configs if c.budget is None or c.method is None]
+        slices = {None: first} if first else {}
+        for c in self.configs[1:]:
+            if c.budget is not None:
+                slices.setdefault(repr(c.budget), []).append(c)
+        return [sorted(some, key=lambda c: not can_replay(c.method)) for some in slices.values()]
 
     def _weight(self, configs: list[Config], chunk: tuple[Asked, ...], beside: tuple) -> float:
         length = chunk[0][1].length
@@ -229,14 +265,10 @@ class _Run:
         else:
             self.cells[key] = ready
 
-    def _predict(self, hands: Crew, length: int, tasks: list[Task], texts: int) -> None:
+    def _predict(self, hands: Crew, length: int, texts: int) -> None:
         """Read and go on, one sequence alone: the score of "nll" tasks, and what reading and each step cost."""
-        cells = [(t, s) for t in tasks if t.name not in self.unscored for s in self.cells[t.name, length]]
-        scored = [s.target for _, s in cells]
-        if not cells:  # no task predicts here: any text of this length tells the speed
-            t = self.tasks[0]
-            cells, scored = [(t, self.cells[t.name, length][0])], [()]
-        pairs = tuple((s, tuple(x)) for (_, s), x in zip(cells, scored, strict=True))
+        cells = self._texts()
+        pairs = tuple((s, tuple(s.target) if t.kind == "nll" else ()) for t, s in cells)
         waiting = [c for c in self.configs if not self._is_told(c, cells)]
         self.done += (len(self.configs) - len(waiting)) * texts * (length + 1000)
 
@@ -244,18 +276,34 @@ class _Run:
             line = f"{waiting[i].title}: speed, memory and next tokens at {length:,} tokens"
             self.progress(line, self.done / self.total)
 
-        for i, out in hands.each([Texts((c.method,), pairs, alone=True) for c in waiting], begin, at_once=1):
+        work = [Texts((c.method,), pairs, alone=True) for c in waiting]
+        for i, out in hands.each(work, begin, at_once=self._undisturbed(hands)):
             self.done += texts * (length + 1000)
             (got,) = [out] if isinstance(out, Lost) else out
             if isinstance(got, Failed | Lost):
                 self._fail([waiting[i]], {(t.name, length) for t, _ in cells}, got.why)
             else:
                 self._told(waiting[i], cells, got)
+
+    def _texts(self) -> list[Asked]:
+        """What tells next tokens and speeds; where no task predicts, any text of the longest length tells the speed."""
+        tasks = [t for t in self.tasks if self._scores(t)]
+        cells = [(t, s) for t in tasks for s in self.cells[t.name, self.longest]]
+        return cells or [(self.tasks[0], self.cells[self.tasks[0].name, self.longest][0])]
+
+    def _paced(self) -> None:
+        """Put the speeds that are known into the records."""
+        sample = self._texts()[0][1]
         for c in self.configs:
-            if known := self.journal.get(written(c.method), self._speed, cells[0][1]):
+            if known := self.journal.get(written(c.method), self._speed, sample):
                 for task in self.tasks:
-                    r = self._record(c, task.name, length)
+                    r = self._record(c, task.name, self.longest)
                     r.prefill_s, r.decode_tok_s, r.peak_bytes = known.scores
+
+    def _undisturbed(self, hands: Crew) -> int:
+        """Workers that may measure at once without taking time from each other: those that have a GPU each, or one."""
+        mine = self.ray is None and self.model.device.type == "cuda" and self.model.device.index in (None, 0)
+        return hands.size if mine and hands.size <= torch.cuda.device_count() else 1
 
     def _scores(self, task: Task) -> bool:
         """Whether its next tokens count."""
@@ -270,7 +318,7 @@ class _Run:
         """Speeds are kept by machine: those of two are never set side by side."""
         machine = self.meta["hardware"]
         texts = ", ".join(str(t) for t in self.tasks if t.kind == "nll")
-        return f"speed on {machine['gpu'] or machine['cpu']} at {self.lengths[-1]} tokens, {texts}"
+        return f"speed on {machine['gpu'] or machine['cpu']} at {self.longest} tokens, {texts}"
 
     def _told(self, c: Config, cells: list[Asked], found: list[Prediction]) -> None:
         answers = [

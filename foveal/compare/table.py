@@ -37,9 +37,9 @@ class Score:
 class Row:
     """One method at one budget.
 
-    `quality` is the mean over tasks of the score as a share of dense's (tasks weigh the same; for a lower-is-better
-    task the share is dense / score). `kv_share` is resident KV bytes / dense KV bytes, `read_share` the share of keys
-    read a step. Memory in bytes, prefill in seconds, decode in tokens/s, these three at `speed_length` tokens.
+    `quality` is the mean over tasks of the score as a share of dense's (tasks weigh the same; for a lower-is-better task the share is
+    dense / score; tasks in which dense scores nothing are left out). `kv_share` is resident KV bytes / dense KV bytes, `read_share` the
+    share of keys read a step. Memory in bytes, prefill in seconds, decode in tokens/s, these three at `speed_length` tokens.
     `done` of `planned` (task, length) cells finished; `problems` says why the others did not.
     """
 
@@ -136,7 +136,7 @@ def _row(group: list[dict], series: str, dense: list[dict], cells: set, longest:
         mine = [r for r in ok if r.get("task") == task]
         row.tasks[str(task)] = score = _merged(mine)
         _share_of_dense(score, mine, [r for r in dense if r.get("task") == task])
-    _mean_share(row, {str(r.get("task")) for r in dense})
+    _mean_share(row, _telling(dense))
     row.kv_share = _ratio(ok, "kv_bytes", "kv_bytes_dense")
     reads = _numbers(ok, "kv_read_share")
     row.read_share = sum(reads) / len(reads) if reads else None
@@ -217,6 +217,12 @@ def _paired_share(score: Score, mine: list[dict]) -> None:
         most = 1.0 if base <= 1 and score.value <= 1 else math.inf  # scores of answers do not pass one
         share = lambda gain: None if gain is None else min(max(base + gain, 0.0), most) / base
         score.share, score.share_low, score.share_high = share(mean["gain"]), share(low), share(high)
+
+
+def _telling(dense: list[dict]) -> set[str]:
+    """The tasks that dense finished and in which it scores at all: a share of nothing is none."""
+    tasks = dict.fromkeys(r.get("task") for r in dense)
+    return {str(t) for t in tasks if _merged([r for r in dense if r.get("task") == t]).value > 0}
 
 
 def _mean_share(row: Row, expected: set[str]) -> None:
@@ -347,6 +353,9 @@ def _foot(rows: list[Row]) -> list[str]:
     at = next((r.speed_length for r in rows if r.speed_length), None)
     if at:
         notes.append(f"Peak memory, prefill and decode speed at {at:,} tokens.")
+    nothing = [t for r in rows if r.baseline for t, s in r.tasks.items() if s.value <= 0]
+    if nothing:
+        notes.append(f"Dense scores nothing in {', '.join(nothing)}, which is left out of its shares.")
     if any(r.tasks and not r.complete for r in rows):
         notes.append("* not every task and length finished.")
     return notes + [f"{r.label}: {p}" for r in rows for p in r.problems]

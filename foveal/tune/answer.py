@@ -6,6 +6,9 @@ from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from typing import Any
 
+import torch
+import transformers
+
 from .. import __version__
 from ..compare.measure import hardware
 from ..compare.plan import Config
@@ -46,7 +49,11 @@ class Tuning:
             "device": device,
             "dtype": dtype,
             "hardware": hardware(model.device),
-            "versions": {"foveal": __version__},
+            "versions": {
+                "foveal": __version__,
+                "torch": torch.__version__,
+                "transformers": transformers.__version__,
+            },
             "seed": search.seed,
             "elapsed_s": round(seconds, 1),
             "interrupted": interrupted,

@@ -191,7 +191,11 @@ class _Search:
             if any(self._waits(c, task, self.asked[task.name][:until]) for c in configs):
                 self._prepare(hands, task, until)
             samples = self.asked[task.name][at:until]
-            pieces = chunks([(task, s) for s in samples]) if task.kind == "generate" else [[(task, s)] for s in samples]
+            pieces = (
+                chunks([(task, s) for s in samples], self.model.device)
+                if task.kind == "generate"
+                else [[(task, s)] for s in samples]
+            )
             for piece in pieces:
                 part = tuple(s for _, s in piece)
                 waiting = [c for c in configs if self._waits(c, task, part)]

@@ -1,0 +1,292 @@
+"""Tables and their reading for the pages, made from the committed results of `benchmarks.compare_table` and `benchmarks.kvpress_side`."""
+
+BASELINES = ("dense", "random-keep", "streaming-llm")
+
+
+def machine(meta: dict) -> str:
+    """The machine of a result, whichever way its file says it."""
+    hardware = meta.get("hardware") or meta
+    return hardware.get("gpu") or hardware["cpu"]
+
+
+# ---------------------------------------------------------------------- the table of all methods
+
+
+def compare(result: dict) -> str:
+    """For each length a table: a method a line, at each budget its score, the difference to dense and what it holds and reads."""
+    meta, rows = result["meta"], result["rows"]
+    parts = [
+        f"Scores are means over {_tasks(rows)} tasks of {meta['samples']} samples, in percent; ± is their difference to dense on the same "
+        "samples with its 95 % paired interval. Held: bytes of the cache, of dense's. Read: keys a step reads, of those held, "
+        "where fewer than all."
+    ]
+    for length in sorted({r["length"] for r in rows}):
+        here = [r for r in rows if r["length"] == length]
+        dense = next((r for r in here if r["method"] == "dense"), None)
+        told = "not measured" if dense is None or "score" not in dense else f"{_percent(dense['score'])}"
+        parts.append(f"### {length:,} tokens\n\nDense: {told}.\n\n" + _by_budget(here))
+        parts.append(_by_task(here))
+    parts.append(_speeds(rows))
+    parts.append(_missing(rows))
+    return "\n\n".join(p for p in parts if p)
+
+
+def _by_budget(rows: list[dict]) -> str:
+    budgets = _budgets(rows)
+    lines = [
+        "| method | " + " | ".join(f"{_share(b)}: score | ± dense | held, read" for b in budgets) + " |",
+        "| --- |" + " ---: | ---: | ---: |" * len(budgets),
+    ]
+    for name in dict.fromkeys(r["method"] for r in rows if r["method"] != "dense"):
+        cells = []
+        for b in budgets:
+            r = next((r for r in rows if r["method"] == name and r["budget"] == b), {})
+            cells += [_percent(r.get("score")), _gain(r), _held(r)] if "score" in r else ["", "", ""]
+        lines.append(f"| `{name}` | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def _by_task(rows: list[dict]) -> str:
+    """The tasks one by one, at the middle budget."""
+    budgets = _budgets(rows)
+    middle = budgets[len(budgets) // 2]
+    chosen = [r for r in rows if "tasks" in r and (r["method"] == "dense" or r["budget"] == middle)]
+    names = list(dict.fromkeys(t for r in chosen for t in r["tasks"]))
+    if not names:
+        return ""
+    lines = [f"| at {_share(middle)} | " + " | ".join(names) + " |", "| --- |" + " ---: |" * len(names)]
+    for r in chosen:
+        cells = [_percent(r["tasks"][t][0]) if t in r["tasks"] else "" for t in names]
+        lines.append(f"| `{r['method']}` | " + " | ".join(cells) + " |")
+    return f"#### Task by task, {rows[0]['length']:,} tokens\n\n" + "\n".join(lines)
+
+
+def _speeds(rows: list[dict]) -> str:
+    timed = [r for r in rows if r.get("decode_tok_s") and r.get("prefill_s")]
+    if not timed:
+        return ""
+    length = timed[0]["length"]
+    lines = [
+        "| method | budget | reading, ms | tokens a second | peak, MB | cache, MB |",
+        "| --- |" + " ---: |" * 5,
+    ]
+    for r in timed:
+        what = "" if r["method"] == "dense" else _share(r["budget"])
+        cells = f"{1e3 * r['prefill_s']:,.0f}", f"{r['decode_tok_s']:,.0f}", f"{r['peak_bytes'] / 1e6:,.0f}"
+        lines.append(f"| `{r['method']}` | {what} | " + " | ".join(cells) + f" | {r['bytes'] / 1e6:,.1f} |")
+    head = f"### Speed and memory\n\nOne sequence of {length:,} tokens alone on a GPU that does nothing else"
+    return f"{head}; weights are in the peak.\n\n" + "\n".join(lines)
+
+
+def _missing(rows: list[dict]) -> str:
+    lines = []
+    for r in rows:
+        for why in dict.fromkeys(r.get("missing", {}).values()):
+            tasks = ", ".join(t for t, w in r["missing"].items() if w == why)
+            name = r["method"] if r["method"] == "dense" else f"{r['method']} at {_share(r['budget'])}"
+            lines.append(f"- {name}, {r['length']:,} tokens, {tasks}: {why}")
+    return "Not whole, and so not in the means:\n\n" + "\n".join(lines) if lines else ""
+
+
+# ---------------------------------------------------------------------- what the table says
+
+
+def reading(result: dict) -> str:
+    """For each length and budget: who is as good as dense, who leads, who is no better than what costs no thought."""
+    rows = [r for r in result["rows"] if r.get("gain") and r["method"] != "dense" and "missing" not in r]
+    if not rows:
+        return "The run is not whole yet."
+    parts = []
+    for length in sorted({r["length"] for r in rows}):
+        lines = [f"**{length:,} tokens**\n"]
+        for b in sorted({r["budget"] for r in rows}, reverse=True):
+            here = [r for r in rows if r["length"] == length and r["budget"] == b]
+            if here:
+                lines.append(f"- At {_share(b)}: {_read_budget(here)}")
+        parts.append("\n".join(lines))
+    return "\n\n".join(parts)
+
+
+def _read_budget(rows: list[dict]) -> str:
+    frees = [r for r in rows if r["kept"] < 0.9]
+    reads = [r for r in rows if r not in frees]
+    same = [r for r in rows if r["gain"][2] >= 0]
+    out = []
+    if same:
+        out.append(f"not told from dense: {_names(same)}")
+    for what, some in (("of those that free memory", frees), ("of those that keep every key", reads)):
+        some = sorted((r for r in some if r["method"] not in BASELINES), key=lambda r: -r["score"])
+        if some:
+            best = some[0]
+            near = [r for r in some[1:] if r["gain"][2] >= best["gain"][1]]
+            told = f"{what} `{best['method']}` leads with {_percent(best['score'])} ({_gain(best)})"
+            out.append(told + (f", too close to call with {_names(near)}" if near else ""))
+    plain = [r for r in frees if r["method"] in BASELINES]
+    if plain:
+        bar = max(plain, key=lambda r: r["score"])
+        worse = [r for r in frees if r["method"] not in BASELINES and r["gain"][0] <= bar["gain"][2]]
+        told = f"`{bar['method']}`, which looks at nothing, has {_percent(bar['score'])}"
+        out.append(
+            told + (f", and these are not above it: {_names(worse)}" if worse else ", and all others are above it")
+        )
+    over = [r for r in frees if r["kept"] > 1.15 * r["budget"]]
+    if over:
+        held = ", ".join(f"`{r['method']}` ({_share(r['kept'])})" for r in over)
+        out.append(f"more bytes than the budget says: {held}")
+    return "; ".join(out) + "."
+
+
+def _names(rows: list[dict]) -> str:
+    return ", ".join(f"`{r['method']}`" for r in rows)
+
+
+# ---------------------------------------------------------------------- beside kvpress
+
+
+def kvpress(result: dict) -> str:
+    """A line a method and budget, both sides beside each other."""
+    meta, rows = result["meta"], result["rows"]
+    parts = [
+        f"{meta['model']} in {meta['dtype']}, {', '.join(meta['tasks'])} at {meta['length']:,} tokens, {meta['samples']} samples each, "
+        f"answers of at most {meta['answer_tokens']} tokens. Each cell is Foveal / kvpress. Difference: Foveal's score less kvpress's "
+        "on the same prompts, in points, with its 95 % paired interval. Seconds are medians over "
+        f"{meta['timed']['prompts']} prompts and {meta['timed']['tokens']} tokens after each, one process alone.",
+        "\n".join(
+            [
+                "| method | budget | score, % | difference | cache, of dense | peak, MB | reading, ms | a token, ms |",
+                "| --- |" + " ---: |" * 7,
+                *(_beside(rows, key) for key in dict.fromkeys((r["method"], r["budget"]) for r in rows)),
+            ]
+        ),
+    ]
+    if meta["failed"]:
+        parts.append("\n".join(f"- {side}, {m} at {_share(b)}: {why}" for side, m, b, why in meta["failed"]))
+    versions = meta["versions"]
+    parts.append(
+        "Foveal {foveal}, transformers {transformers}; ".format(**versions["foveal"])
+        + "kvpress {kvpress}, transformers {transformers}.".format(**versions["kvpress"])
+    )
+    return "\n\n".join(parts)
+
+
+def _beside(rows: list[dict], key: tuple[str, float]) -> str:
+    sides = {r["side"]: r for r in rows if (r["method"], r["budget"]) == key}
+
+    def both(show) -> str:
+        return " / ".join(show(sides[s]) if s in sides else "-" for s in ("foveal", "kvpress"))
+
+    over = sides.get("foveal", {}).get("over_kvpress")
+    gap = "" if over is None else _points(over["mean"], over["low"], over["high"])
+    cells = (
+        both(lambda r: f"{100 * r['score']['mean']:.1f}"),
+        gap,
+        both(lambda r: f"{r['bytes_of_dense']:.3f}"),
+        both(lambda r: f"{r['peak_mb']:,.0f}"),
+        both(lambda r: "-" if r["read_s"] is None else f"{1e3 * r['read_s']:.0f}"),
+        both(lambda r: "-" if r["token_ms"] is None else f"{r['token_ms']:.1f}"),
+    )
+    return f"| {key[0]} | {'' if key[0] == 'dense' else _share(key[1])} | " + " | ".join(cells) + " |"
+
+
+# ---------------------------------------------------------------------- a search
+
+
+def tune(result: dict) -> str:
+    """What `foveal tune` answered, its picture, and the candidates that saw every prompt."""
+    from foveal.compare.table import summary_rows
+
+    meta, rows = result["meta"], [r for r in summary_rows(result) if r.quality is not None and r.kv_share is not None]
+    tried = [r for r in rows if not r.baseline]
+    n = lambda r: max(s.n for s in r.tasks.values())
+    most = max(map(n, tried))
+    finals = sorted((r for r in tried if n(r) == most), key=lambda r: -r.quality)
+    lines = [
+        "| candidate | of dense, % | 95 % | memory, of dense | prompts |",
+        "| --- | ---: | ---: | ---: | ---: |",
+        *(f"| `{r.label}` | {100 * r.quality:.1f} | {_ends(r)} | {100 * r.kv_share:.1f} % | {n(r)} |" for r in finals),
+    ]
+    others = len(tried) - len(finals)
+    picture = _picture(rows, finals, meta["limits"])
+    return (
+        f"```text\n$ {meta['command']}\n{meta['answer']}\n```\n\n{picture}\n\n"
+        + "\n".join(lines)
+        + f"\n\n{others} other "
+        f"candidates left earlier, on fewer prompts. The search took {meta['elapsed_s']:.0f} seconds."
+    )
+
+
+def _ends(row) -> str:
+    return "" if row.quality_low is None else f"{100 * row.quality_low:.1f} to {100 * row.quality_high:.1f}"
+
+
+def _picture(rows: list, finals: list, limits: dict) -> str:
+    """Memory against quality, both as shares of dense, with the limits; full dots saw every prompt."""
+    wide, high, left, base = 640, 300, 48, 36
+    top = max(1.05, *(r.quality for r in rows))
+    far = max(1.1 * r.kv_share for r in rows)
+    x = lambda share: left + (wide - left - 8) * share / far
+    y = lambda share: 8 + (high - base - 8) * (1 - max(share, 0) / top)
+    line = lambda a, b, c, d, more="": (
+        f'<line x1="{a:.0f}" y1="{b:.0f}" x2="{c:.0f}" y2="{d:.0f}" stroke="currentColor"{more}/>'
+    )
+    text = lambda a, b, said, more="": (
+        f'<text x="{a:.0f}" y="{b:.0f}" font-size="12" fill="currentColor"{more}>{said}</text>'
+    )
+    bar, room = x(limits["memory"]), y(1 - limits["max_drop"])
+    parts = [
+        f'<svg viewBox="0 0 {wide} {high}" role="img" aria-label="Memory against quality of the candidates">',
+        f'<rect x="{left}" y="8" width="{bar - left:.0f}" height="{room - 8:.0f}" fill="currentColor" opacity="0.08"/>',
+        line(left, high - base, wide, high - base),
+        line(left, 8, left, high - base),
+        line(bar, 8, bar, high - base, ' stroke-dasharray="4"'),
+        line(left, room, wide, room, ' stroke-dasharray="4"'),
+    ]
+    for k in range(6):
+        at = k / 4
+        if at <= far:
+            parts.append(text(x(at), high - base + 16, _share(at), ' text-anchor="middle"'))
+        if at <= top:
+            parts.append(text(left - 6, y(at) + 4, _share(at), ' text-anchor="end"'))
+    parts.append(text(wide, high - 4, "memory, of dense", ' text-anchor="end"'))
+    parts.append(text(left + 6, 20, "score, of dense"))
+    for r in sorted(rows, key=lambda r: r in finals):
+        solid = r in finals or r.baseline
+        look = 'fill="currentColor"' if solid else 'fill="none" stroke="currentColor" opacity="0.5"'
+        told = f"{r.label}: {100 * r.quality:.1f} % in {100 * r.kv_share:.1f} %"
+        parts.append(
+            f'<circle cx="{x(r.kv_share):.1f}" cy="{y(r.quality):.1f}" r="4" {look}><title>{told}</title></circle>'
+        )
+    return "\n".join([*parts, "</svg>"])
+
+
+# ---------------------------------------------------------------------- numbers as text
+
+
+def _tasks(rows: list[dict]) -> int:
+    return max((len(r.get("tasks", {})) for r in rows), default=0)
+
+
+def _budgets(rows: list[dict]) -> list[float]:
+    return sorted({r["budget"] for r in rows if r["method"] != "dense" and r["budget"] is not None}, reverse=True)
+
+
+def _share(x: float) -> str:
+    return f"{100 * x:.3g} %"
+
+
+def _percent(x: float | None) -> str:
+    return "" if x is None else f"{100 * x:.1f}"
+
+
+def _gain(row: dict) -> str:
+    return _points(*row["gain"]) if row.get("gain") else ""
+
+
+def _points(mean: float, low: float, high: float) -> str:
+    return f"{100 * mean:+.1f} [{100 * low:+.1f}, {100 * high:+.1f}]"
+
+
+def _held(row: dict) -> str:
+    read = row.get("read")
+    less = read is not None and read < 0.995
+    return f"{100 * row['kept']:.0f} %" + (f", {100 * read:.0f} %" if less else "")
