@@ -1,4 +1,4 @@
-"""What a method returns when it changes how keys count (Bias, Reweigh) or what stays in memory (Keep)."""
+"""What a method returns when it changes how keys count (Bias, Reweigh) or what stays in memory (Keep, Leave)."""
 
 from __future__ import annotations
 
@@ -93,3 +93,26 @@ class Keep:
     def __post_init__(self) -> None:
         if (self.mask is None) == (self.drop is None):
             raise InputError("Keep takes either `mask` (many keys) or `drop` (one key a row): give exactly one of them")
+
+
+@dataclass(frozen=True)
+class Leave:
+    """Decode: one key leaves each row that holds more than `allowed`; on a GPU one launch finds and removes it.
+
+    allowed: a number, or [batch, 1 or kv_heads] where sequences or heads differ.
+    score: a plane, the key with its least value leaves; None: the oldest.  Of equals the first slot.
+    after: keys with token ids below it stay.  recent: so many newest tokens stay, the step's own among them, a number or [batch, 1].
+    heads: only these KV heads let go.
+    fold: the oldest key from `after` on stays and takes the next one in, as a mean weighted by the plane `mass`.
+    by_token: [batch, tokens], what each token id is worth, in the place of a plane; then all heads hold the same tokens.
+    gone: int32 [batch], a token id that leaves before any other, in any row that holds it; -1 for none.
+    """
+
+    allowed: int | Tensor
+    score: str | None = None
+    after: int = 0
+    recent: int | Tensor = 1
+    heads: tuple[int, ...] | None = None
+    fold: bool = False
+    by_token: Tensor | None = None
+    gone: Tensor | None = None

@@ -42,6 +42,7 @@ class Captured:
     output: ModelOutput
     read: int
     held: int
+    lost: list[bool]  # which rows let keys go, so that the host cannot count them
     horizon: int | None  # tokens a sequence may have seen, where a share of them fixed a shape
 
     def fits(self, key: tuple, rows: list[PagedRows], seen: int) -> bool:
@@ -114,11 +115,13 @@ class Graphs:
         """Run this step with lengths hidden from the host, then record the next one like it."""
         for c in rows:
             c.reserve(AHEAD)
-        static = self._load(pass_, kwargs)
+        static, begun = self._load(pass_, kwargs), dict(pass_.state)
         lengths_hidden = partial(hidden, pass_, rows, self.counts)
         with lengths_hidden():
             output = self.plain(**static)  # a real step: compiles kernels, fills what is lazily made
         before = _host_state(pass_.store, rows)
+        done, pass_.state = pass_.state, begun  # what methods left there belongs to the step that is over
+        stream = torch.cuda.current_stream()
         try:
             graph = torch.cuda.CUDAGraph()
             reads = (pass_.read, pass_.held)
@@ -128,12 +131,15 @@ class Graphs:
             first = error.__context__ or error  # ending a failed capture raises once more
             self.why = f"{type(first).__name__}: {str(first).splitlines()[0]}"
             warnings.warn(f"decode runs without a CUDA graph, because a step asks the host: {self.why}", stacklevel=2)
+            torch.cuda.set_stream(stream)  # a capture that fails leaves its own stream in place
             torch.cuda.synchronize()
             _recover()
         else:
             read, held = pass_.read - reads[0], pass_.held - reads[1]
-            horizon = pass_.horizon if pass_.bounded else None
-            self.captured = Captured(key, rows, [c.generation for c in rows], graph, recorded, read, held, horizon)
+            horizon, generations = pass_.horizon if pass_.bounded else None, [c.generation for c in rows]
+            lost = [c.lost for c in rows]
+            self.captured = Captured(key, rows, generations, graph, recorded, read, held, lost, horizon)
+        pass_.state = done
         _restore(pass_.store, rows, before)
         return output
 
@@ -143,8 +149,8 @@ class Graphs:
         g.graph.replay()
         for layer in pass_.store.layers:
             layer.columns += 1
-        for c in g.rows:
-            c.advance(1, seen=False)
+        for c, lost in zip(g.rows, g.lost, strict=True):
+            c.advance(1, seen=not lost)
         pass_.read, pass_.held = g.read, g.held
         fields = {k: x.clone() if isinstance(x, Tensor) else x for k, x in g.output.items()}
         if "past_key_values" in fields:
@@ -161,28 +167,31 @@ def _recover() -> None:
 
 @contextmanager
 def hidden(pass_: Pass, rows: list[PagedRows], counts: Tensor) -> Iterator[None]:
-    """Inside, lengths and counts come from the device and shapes from capacities, as a graph needs them."""
-    pass_.on_device = counts
+    """Inside, lengths and counts come from the device and shapes from capacities, as a graph needs them; one step is done."""
+    pass_.on_device, pass_.once = counts, {}
     pass_.horizon = max(pass_.counts) + min(c.capacity - c._bound for c in rows)
+    known = [c.host for c in rows]
     for c in rows:
-        c.fixed, c.host = True, None
+        c.fixed, c.host, c.lost = True, None, False
     try:
         yield
     finally:
-        pass_.on_device = None
-        for c in rows:
+        pass_.on_device, pass_.once = None, {}
+        for c, lengths in zip(rows, known, strict=True):
             c.fixed = False
+            if lengths is not None and not c.lost:
+                c.host = [n + 1 for n in lengths]
 
 
 def _host_state(store: Store, rows: list[PagedRows]) -> list[tuple]:
     columns = [layer.columns for layer in store.layers]
-    return [(n, c._bound, c.assured) for n, c in zip(columns, rows, strict=True)]
+    return [(n, c._bound, c.assured, c.host) for n, c in zip(columns, rows, strict=True)]
 
 
 def _restore(store: Store, rows: list[PagedRows], state: list[tuple]) -> None:
     """Recording a step did its bookkeeping on the host without doing the step."""
-    for layer, c, (columns, bound, assured) in zip(store.layers, rows, state, strict=True):
-        layer.columns, c._bound, c.assured = columns, bound, assured
+    for layer, c, (columns, bound, assured, host) in zip(store.layers, rows, state, strict=True):
+        layer.columns, c._bound, c.assured, c.host = columns, bound, assured, host
 
 
 def _fits(pass_: Pass, kwargs: dict) -> bool:

@@ -47,6 +47,8 @@ class Method:
     needs: ClassVar[frozenset[str]] = frozenset()
     """Statistics to compute, as `step.stats[name]`: see STATISTICS; "col_low:400" looks at the last 400 queries of a prompt only.
     "whole_prompt" refuses a prompt in chunks."""
+    columns: ClassVar[bool] = False
+    """True: of statistics per key it reads only sums over the query heads of a KV head, `step.column(name)`, which cost less in decode."""
     dense_prefill: ClassVar[bool] = False
     """True: while the prompt is read, outputs are those of the dense model, so one dense prefill can serve many methods."""
 

@@ -18,11 +18,14 @@ from torch import Tensor
 
 from .errors import InputError
 from .ops.formats import WIDTHS, check_format, code_like
+from .ops.leave import Leaving, leave_page_keys
 from .ops.pages import Pages, append_page_keys, as_bytes, drop_page_keys, pools, put
 from .ops.recent import Recent
+from .ops.scores import pool_newest
 from .rows import FIXED, Piece, Rows, places_of, pool, round_up
 
 if TYPE_CHECKING:
+    from .edits import Leave
     from .store import Layout
 
 SIZE = 32  # keys of a page: larger ones waste more of short rows, smaller ones cost page lists
@@ -33,7 +36,7 @@ ROOM = 128  # keys a row grows by, at least: memory that moves costs a captured 
 class PagedRows(Rows):
     """All rows of a layer. `fixed` rows show the host nothing but their capacity, as a captured graph must see them."""
 
-    __slots__ = ("_bound", "assured", "fixed", "format", "free", "generation", "host", "pool", "table", "top")
+    __slots__ = ("_bound", "assured", "fixed", "format", "free", "generation", "host", "lost", "pool", "table", "top")
 
     def __init__(
         self,
@@ -47,6 +50,7 @@ class PagedRows(Rows):
         """pool: pages 0, 1, ... are taken row by row for `lengths` keys each; the rest is free."""
         self.pool, self.planes, self.fills, self.heads, self.dtype = pool, planes, fills, heads, dtype
         self.index, self.fixed, self.pages = None, False, {}
+        self.lost = False  # whether the latest step let keys go by the word of the device
         self.generation = 0  # grows when memory moves, which a captured graph cannot follow
         device, total = pool.key.device, pool.key.shape[0]
         self.arange = torch.arange(len(lengths), device=device)
@@ -69,8 +73,11 @@ class PagedRows(Rows):
 
     @property
     def length(self) -> Tensor | None:
-        same = not self.fixed and self.host is not None and len(set(self.host)) <= 1
-        return None if same else self.pool.length.long()
+        return None if self.even else self.pool.length.long()
+
+    @property
+    def even(self) -> bool:
+        return not self.fixed and self.host is not None and len(set(self.host)) <= 1
 
     @property
     def view(self) -> Pages:
@@ -187,11 +194,12 @@ class PagedRows(Rows):
         ids = ids.flatten().to(torch.int32).contiguous()
         append_page_keys(self.view, self.free, self.top, key[:, 0], value[:, 0], self.planes["token"], ids)
         self.advance(1)
-        for page in self.pages:
-            self._touch(*page, (self.pool.length.long() - 1) // page[1])
+        for source, size in {(what[0], size) for what, size in self.pages}:
+            kinds = {what[1:]: x for (what, n), (x, _) in self.pages.items() if (what[0], n) == (source, size)}
+            pool_newest(self.view, "key" if source == "k" else "value", size, kinds)
 
     def advance(self, steps: int, seen: bool = True) -> None:
-        """What the host may note of keys that were appended. Not `seen`: by a captured graph, which may have dropped others too."""
+        """What the host may note of keys that were appended. Not `seen`: by a captured graph that lets others go."""
         self._bound += steps
         self.assured -= steps
         self.host = [n + steps for n in self.host] if seen and self.host is not None else None
@@ -236,10 +244,33 @@ class PagedRows(Rows):
             for changed in (target, last):
                 self._touch(*page, changed // page[1])
         if optional:
-            self.host = None
+            self.host, self.lost = None, True
         elif self.host is not None:
             self.host = [n - 1 for n in self.host]
             self._bound -= 1
+        else:
+            self.lost = True
+
+    def leaving(self, rule: Leave, kv_heads: int, heads: Tensor | None) -> Leaving:
+        """The rows of this layer and a rule, as the operation takes them."""
+        planes = [(plane, self.fills[name]) for name, plane in self.planes.items() if name not in ("token", "mass")]
+        if "mass" in self.planes:  # where keys fold, it comes first
+            planes.insert(0, (self.planes["mass"], self.fills["mass"]))
+        score = None if rule.score is None else self.planes[rule.score]
+        return Leaving(
+            self.view, self.free, self.top, self.planes["token"], planes, kv_heads, rule.allowed, rule.after, rule.recent, score,
+            rule.by_token, heads, rule.fold, rule.gone,
+        )  # fmt: skip
+
+    def leave(self, what: Leaving, certain: Sequence[bool] | None = None) -> Tensor | None:
+        """Let one key of each row go where it is one too many. certain: which rows lose one, where the host knows."""
+        left = leave_page_keys(what)
+        if certain is None or self.host is None:
+            self.host, self.lost = None, True
+        else:
+            self.host = [n - lose for n, lose in zip(self.host, certain, strict=True)]
+            self._bound = max(self.host)
+        return left
 
     # ------------------------------------------------------------------ copies
 

@@ -21,7 +21,10 @@ from .selection import All, Band, Blocks, Lists, Selection
 from .step import Pass, Step
 from .store import LayerStore
 
-TILE = {"cpu": 1 << 22, "cuda": 1 << 25}  # weights of a tile of queries: explicit rows stay within some times 16 and 128 MB
+TILE = {
+    "cpu": 1 << 22,
+    "cuda": 1 << 25,
+}  # weights of a tile of queries: explicit rows stay within some times 16 and 128 MB
 FEW = 64  # edited keys a head that are always few beside the rest; else a sixteenth of all
 
 

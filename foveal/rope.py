@@ -81,6 +81,14 @@ class Rope:
         plan = self._plan(x, layer)
         return x if plan is None else (plan.turn(x, -position) / plan.scale(x.device)).to(x.dtype)
 
+    def frequencies(self, x: Tensor, layer: int) -> Tensor | None:
+        """Radians a position, float32 `[head_dim / 2]` on x's device, of dimensions i and i + head_dim / 2 of a layer.
+
+        None where the layer pairs them otherwise, or leaves some of them or all unchanged.
+        """
+        plan = self._plan(x, layer)
+        return plan.by_halves(x.device) if plan is not None else None
+
     def _plan(self, x: Tensor, layer: int) -> "_Plan | None":
         if layer not in self._plans:
             raise InputError(f"Expected the index of a layer with attention, one of {[*self._plans]}, got {layer}.")
@@ -100,7 +108,7 @@ class _Plan:
     def __init__(self, rotary: nn.Module, layer_type: str | None, head_dim: int, interleaved: bool):
         prefix = "" if layer_type is None else f"{layer_type}_"
         self._rotary, self._frequencies, self._scaling = rotary, f"{prefix}inv_freq", f"{prefix}attention_scaling"
-        self.head_dim = head_dim
+        self.head_dim, self._interleaved = head_dim, interleaved
         pair = torch.arange(getattr(rotary, self._frequencies).numel())
         first, second = (2 * pair, 2 * pair + 1) if interleaved else (pair, pair + pair.numel())
         self._partner = torch.arange(head_dim).index_copy(0, first, second).index_copy(0, second, first)
@@ -120,6 +128,11 @@ class _Plan:
                 f"Expected positions that broadcast over {tuple(x.shape[:-1])}, got {tuple(position.shape)}."
             )
         return out
+
+    def by_halves(self, device: torch.device) -> Tensor | None:
+        """Frequencies of the pairs where the first half of all dimensions pairs with the second."""
+        halves = not self._interleaved and bool(2 * getattr(self._rotary, self._frequencies).numel() == self.head_dim)
+        return self._on(device)[0][self.head_dim // 2 :] if halves else None
 
     def scale(self, device: torch.device) -> Tensor:
         """What the model's tables multiply into each dimension, `[head_dim]`: attention scaling where it rotates."""

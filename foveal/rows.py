@@ -66,6 +66,11 @@ class Rows:
         """Sizes of a key and of a value."""
         return self.planes["key"].shape[2], self.planes["value"].shape[2]
 
+    @property
+    def even(self) -> bool:
+        """Every row is known to have exactly `bound` keys."""
+        return self.length is None
+
     def held(self, heads: Set[int], kv_heads: int) -> int | None:
         """Keys in every row of these KV heads, if known to be the same."""
         return self.bound if self.length is None else None

@@ -111,7 +111,7 @@ class Tokens(Selection):
     def mask(self, step: Step, start: int, stop: int) -> Tensor:
         past = step.past
         limit = past if isinstance(past, int) else step.per_head_like(past, self.slots.shape[1])[..., None, None]
-        slots = self.expanded(limit)
+        slots = self.expanded(limit).long()
         seen = torch.zeros(*slots.shape[:2], step.T + 1, dtype=torch.bool, device=step.device)
         seen.scatter_(2, slots.where(slots >= 0, step.T), True)
         seen = seen[..., : step.T] | step.per_head_like(step.new_keys, slots.shape[1])

@@ -8,17 +8,17 @@ or steps are token ids, never slots.
 from __future__ import annotations
 
 import math
-from collections.abc import Hashable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from . import ops
-from .edits import Bias, Keep
+from .edits import Bias, Keep, Leave
 from .errors import InputError
 from .method import Budget, tokens_of
-from .ops import ragged
+from .ops import leave, ragged
 from .ops.ragged import Logit
 from .selection import All, Selection
 from .store import FAR, LayerStore, Rows
@@ -62,6 +62,7 @@ class Pass:
         )
         self.horizon = 0  # what no sequence grows beyond while this graph lasts
         self.bounded = False  # whether a shape followed from it
+        self.once: dict[Hashable, Tensor] = {}  # what is the same in every layer, computed in the first
         self.read = self.held = 0
 
     def count_keys(self, read: int, held: int) -> None:
@@ -101,6 +102,9 @@ class Step:
         self.H, self.G, self.L = q.shape[1], k_new.shape[1], q.shape[2]
         self.decode, self.prompt_done, self.state = pass_.decode, pass_.prompt_done, pass_.state
         self.stats: dict[str, Tensor] = {}
+        self.summed: dict[
+            str, Tensor
+        ] = {}  # statistics per key over the query heads of a KV head, where only those were computed
         self.named_stats: dict[str, Tensor] = {}  # the same by the full name of the need, "col_low:400"
         self.seconds: dict[
             str, float
@@ -140,17 +144,66 @@ class Step:
             self._slots = self.store.token
         return self._slots
 
-    def apply(self, keep: Keep) -> None:
+    def apply(self, keep: Keep | Leave) -> None:
         """Let go of what `keep` does not keep; slots are numbered anew."""
+        if isinstance(keep, Leave):
+            self.let_one_go(keep)
+            return
         self.store.apply(keep)
         self._slots = None
+
+    def let_one_go(self, rule: Leave) -> Tensor | None:
+        """Do what a rule says at once; with `by_token` the token id that left each sequence, int32 [batch], -1 for none."""
+        held = self.store.uniform if rule.heads is None else self.store.held(rule.heads)
+        known = held is not None and isinstance(rule.allowed, int) and rule.gone is None
+        if known and held <= rule.allowed:
+            return None
+        what = self.store.leaving(rule)
+        if what is not None:
+            left = self.store.let_one_go(rule, what)
+        else:
+            keep, left = self._leaver(rule, known)
+            self.store.apply(keep)
+        self._slots = None
+        return left
+
+    def _leaver(self, rule: Leave, certain: bool) -> tuple[Keep, Tensor | None]:
+        """The slots that leave by a rule, and the token id that does where all heads let go of the same."""
+        token = self.token
+        score = None if rule.score is None else self.store.plane(rule.score)
+        if rule.by_token is not None:
+            at = token.clamp(max=rule.by_token.shape[1] - 1).long().flatten(1)
+            score = rule.by_token.gather(1, at).view_as(token)
+        how = {"after": rule.after, "recent": rule.recent, "score": score, "fold": rule.fold}
+        slot, into = leave.leaver(token, self.q_token[:, -1:], **how)
+        if certain and rule.by_token is None:
+            return Keep(drop=slot, heads=rule.heads, into=into), None
+        slot = slot.where(self.store.len > rule.allowed, -1)
+        if rule.gone is not None:
+            hit = (token == rule.gone[:, None, None]) & (token != FAR)
+            slot = hit.int().argmax(-1).where(hit.any(-1), slot)
+        keep = Keep(drop=slot, heads=rule.heads, into=into, optional=True)
+        if rule.by_token is None:
+            return keep, None
+        return keep, token.gather(2, slot.clamp(min=0)[..., None])[:, 0, 0].where(slot[:, 0] >= 0, -1)
 
     @property
     def q_token(self) -> Tensor:
         """Token id of each query, [batch, length]."""
+        return self.once("q_token", self._q_token)
+
+    def _q_token(self) -> Tensor:
         first = self.pass_.token(self.device)
         first = first[:, None] if isinstance(first, Tensor) else first
         return torch.arange(self.L, device=self.device).expand(self.q.shape[0], -1) + first
+
+    def once(self, key: Hashable, make: Callable[[], Tensor]) -> Tensor:
+        """What is the same in every layer of a decode step: computed in the first one that asks."""
+        if not self.decode:
+            return make()
+        if key not in self.pass_.once:
+            self.pass_.once[key] = make()
+        return self.pass_.once[key]
 
     @property
     def past(self) -> int | Tensor:
@@ -172,12 +225,15 @@ class Step:
     def budget(self, budget: Budget, ahead: int = 0, least: int = 1) -> int | Tensor:
         """How many keys a budget allows now, or `ahead` tokens later, but `least`: a number, or [batch, 1] when they differ."""
         if self.pass_.on_device is not None and isinstance(budget, float):
-            share = (self.seen() + ahead).double() * budget  # as `tokens_of` rounds
-            return (share - 1e-9).ceil().clamp(min=max(1, least)).long()[:, None]
+            return self.once(("budget", budget, ahead, least), lambda: self._share(budget, ahead, least))
         allowed = [max(least, n) for n in self._budgets(budget, ahead)]
         if len(set(allowed)) == 1:
             return allowed[0]
         return torch.tensor(allowed).to(self.device, non_blocking=True)[:, None]
+
+    def _share(self, budget: float, ahead: int, least: int) -> Tensor:
+        share = (self.seen() + ahead).double() * budget  # as `tokens_of` rounds
+        return (share - 1e-9).ceil().clamp(min=max(1, least)).long()[:, None]
 
     def most(self, budget: Budget) -> int:
         """The largest number of keys a budget allows any sequence of the batch: what fixes shapes."""
@@ -336,6 +392,27 @@ class Step:
         """Take over statistics that another step of the same prompt computed."""
         for need in needs:
             self.stats[need.partition(":")[0]] = named[need]
+
+    def column(self, name: str) -> Tensor:
+        """A statistic per key, summed over the query heads that share a KV head: [batch, kv_heads, T]."""
+        return self.summed[name] if name in self.summed else self.group(self.stats[name], "sum")
+
+    def tally(self, plane: str, name: str) -> None:
+        """Add a statistic per key, summed over the query heads of each KV head, to a plane."""
+        if name in self.summed:  # nothing stands past a row's length, so nothing need be hidden
+            self.store.classes[0].read(plane).add_(self.summed[name].flatten(0, 1))
+        else:
+            self.store.add(plane, self.column(name))
+
+    def add_by_token(self, total: Tensor, x: Tensor) -> None:
+        """total [batch, tokens] += x [batch, kv_heads, T] of the keys of each token id, in place; all heads hold the same tokens."""
+        c = self.store.single
+        if c is not None and c.paged:
+            leave.add_by_token(total, x.flatten(0, 1).float(), c.planes["token"], c.pool.length, self.G)
+            return
+        token = self.token[:, 0]
+        empty = token == FAR
+        total.scatter_add_(1, token.masked_fill(empty, 0).long(), x.sum(1).float().masked_fill(empty, 0.0))
 
     def require(self, name: str) -> Tensor:
         """A statistic by name."""

@@ -17,8 +17,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .edits import Keep, Plane
+from .edits import Keep, Leave, Plane
 from .errors import InputError
+from .ops.leave import Leaving, leave_route
 from .paged import PagedRows
 from .rows import FAR, FIXED, Piece, Rows, round_up
 
@@ -75,7 +76,7 @@ class LayerStore:
     def uniform(self) -> int | None:
         """The number of keys in every row, if all rows are known to hold the same; else None."""
         c = self.single
-        return c.bound if c is not None and c.length is None else None
+        return c.bound if c is not None and c.even else None
 
     def held(self, heads: Iterable[int]) -> int | None:
         """The number of keys in every row of these KV heads, if known to be the same; else None."""
@@ -250,12 +251,39 @@ class LayerStore:
 
     def _for_all_heads(self, keep: Keep) -> Keep:
         """Pages let one head lose a key and its neighbour none, so nothing has to part ways."""
-        if keep.heads not in self._named:  # kept: a graph cannot fetch it from the host
+        return replace(keep, drop=keep.drop.where(self.named(keep.heads), -1), heads=None, optional=True)
+
+    def named(self, heads: tuple[int, ...]) -> Tensor:
+        """Which KV heads these are, bool [kv_heads] on the device."""
+        if heads not in self._named:  # kept: a graph cannot fetch it from the host
             named = torch.zeros(self.heads, dtype=torch.bool)
-            named[list(keep.heads)] = True
-            self._named[keep.heads] = named.to(self.device)
-        drop = keep.drop.where(self._named[keep.heads], -1)
-        return replace(keep, drop=drop, heads=None, optional=True)
+            named[list(heads)] = True
+            self._named[heads] = named.to(self.device)
+        return self._named[heads]
+
+    def leaving(self, rule: Leave) -> Leaving | None:
+        """What `let_one_go` takes, where one launch can do it: pages without positions of their own or pooled pages."""
+        c = self.single
+        if c is None or not c.paged or c.pages or "shift" in self.specs:
+            return None
+        what = c.leaving(rule, self.heads, None if rule.heads is None else self.named(rule.heads))
+        return what if leave_route(what).name == "triton" else None
+
+    def let_one_go(self, rule: Leave, what: Leaving) -> Tensor | None:
+        """Let one key of each row go, by a rule; what `leave_page_keys` says of it."""
+        c, certain = self.single, None
+        spared = rule.after + rule.recent + rule.fold if isinstance(rule.recent, int) else None
+        if (
+            not c.fixed
+            and rule.gone is None
+            and isinstance(rule.allowed, int)
+            and c.host is not None
+            and spared is not None
+        ):
+            acts = range(self.heads) if rule.heads is None else rule.heads
+            if rule.allowed >= spared:  # so that a row with more keys has one that may leave
+                certain = [n > rule.allowed and row % self.heads in acts for row, n in enumerate(c.host)]
+        return c.leave(what, certain)
 
     def _of(self, heads: Iterable[int] | None) -> list[Rows]:
         """The classes of these KV heads (None: all). A class shared with other heads is split: its rows part ways."""

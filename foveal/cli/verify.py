@@ -34,7 +34,7 @@ def verify(
     """Does a paper's claim hold on this model? Runs the experiments of its method and writes what they measured."""
     from ..verify.run import check_names
     from ..verify.run import verify as run
-    from ..verify.table import line, rich_table
+    from ..verify.table import QUICKLY, line, rich_table
 
     if every == bool(names):
         raise InputError("name the methods whose claims to re-check, or give --all; `foveal methods` lists them")
@@ -56,6 +56,8 @@ def verify(
             done=lambda result: errors.print(line(result), highlight=False, markup=False),
         )
     console.print(rich_table(found.results))
+    if quick:
+        console.print(QUICKLY, highlight=False, markup=False)
     for name, message in found.failed.items():
         errors.print(f"[red]{escape(name)} broke:[/] {escape(message)}", highlight=False, soft_wrap=True)
     kept = len(found.results) - len(found.again)

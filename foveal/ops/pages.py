@@ -105,8 +105,9 @@ def attend_ragged(
     moved: [rows, n, head_dim], keys that stand in the place of the first n slots.
     window = (first, last): only the first and the last so many slots of a row are seen.
     logit.sinks: [rows, group].
-    want: "" for the output, "weights" for [rows, group, width], "mass" for their sum over the group, [rows, width]; width
-    is m * run (+ 1 for `own`) with `slots`, else `bound`.
+    want: "" for the output, "weights" for [rows, group, width], "mass" for their sum over the group, [rows, width], "low" for how many
+    of the group are below uniform, 1 / keys of the row (a tie is not), [rows, width]; width is m * run (+ 1 for `own`) with `slots`,
+    else `bound`. "low" goes with whole rows only.
 
     The log-sum-exp [rows, group] (natural) always comes along. Rows that see nothing return 0 and -inf.
     Raises InputError for shapes and combinations that do not fit.
@@ -164,7 +165,7 @@ def _with_overlay(q, pages: Pages, logit: Logit, extra, listed, moved, window, w
     weights = old.weights * (old.lse - base).exp()[..., None]
     fresh = (new.weights * (new.lse - base).exp()[..., None]).masked_fill(~live[:, None], 0.0)
     weights = weights.scatter_add(2, place.clamp(min=0)[:, None].expand_as(fresh), fresh)
-    return Attended(out, weights if want == "weights" else weights.sum(1), lse)
+    return Attended(out, _of_weights(weights, want, pages), lse)
 
 
 def _overlay(pages: Pages, moved: Tensor | None) -> Recent:
@@ -214,8 +215,10 @@ def _check(q, pages, logit, extra, hidden, slots, moved, window, want) -> None:
         raise InputError(
             f"expected q [{pages.rows} rows, group, head_dim] for pages with keys of width {pages.key.shape[2]}, got {list(q.shape)}"
         )
-    if want not in ("", "weights", "mass"):
-        raise InputError(f"want = {want!r}: expected '', 'weights' or 'mass'")
+    if want not in ("", "weights", "mass", "low"):
+        raise InputError(f"want = {want!r}: expected '', 'weights', 'mass' or 'low'")
+    if want == "low" and not (slots is None and hidden is None and window is None):
+        raise InputError("want = 'low' counts against all keys of a row: leave out slots, hidden and window")
     if (pages.format is None) != (pages.key_scale is None):
         raise InputError("pages of codes need key_scale and value_scale, and plain pages must not have them")
     for name, x in (("extra", extra), ("hidden", hidden)):
@@ -243,8 +246,16 @@ def _torch(q, pages: Pages, logit: Logit, extra, listed, moved, window, want: st
         extra = extra.expand(pages.rows, -1, -1).gather(2, at)
     how = {"extra": extra, "hidden": ~seen[:, None], "need_lse": True, "may_be_blind": True}
     got = attend_padded(q.to(wide(q.dtype)), out_of["key"], out_of["value"], logit, **how)
-    weights = {"": None, "weights": got.weights, "mass": got.weights.sum(1)}[want]
-    return Attended(got.out.to(q.dtype), weights, got.lse)
+    return Attended(got.out.to(q.dtype), _of_weights(got.weights, want, pages), got.lse)
+
+
+def _of_weights(weights: Tensor, want: str, pages: Pages) -> Tensor | None:
+    """What `want` says of weights [rows, group, width]."""
+    if want == "low":
+        held = pages.length[:, None, None]
+        slot = torch.arange(weights.shape[2], device=weights.device)
+        return ((weights < (1 - 1e-5) / held) & (slot < held)).sum(1).to(weights.dtype)
+    return {"": None, "weights": weights, "mass": weights.sum(1)}[want]
 
 
 def _slots(
@@ -298,7 +309,7 @@ def _kernel(
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     from .gpu.ragged import LN2, Wanted, launch
 
-    wanted = Wanted(want == "weights", want == "mass", want == "logits")
+    wanted = Wanted(want == "weights", want == "mass", want == "logits", want == "low")
     out, lse, x = launch(
         q, key, value, table, length, bound, scale, softcap=softcap, sinks=sinks, extra=extra, slots=slots, run=run, own=own,
         moved=moved, window=None if window is None else tuple(window), format=format,
@@ -321,7 +332,8 @@ def _(q, key, value, table, length, bound, scale, softcap, sinks, extra, slots, 
       value_scale, format, want):  # fmt: skip
     rows, group, _ = q.shape
     width = slots.shape[1] * run + own if slots is not None else bound if window is None else min(bound, sum(window))
-    shape = {"": (0,), "weights": (rows, group, width), "mass": (rows, width), "logits": (rows, group, width)}[want]
+    whole, keys = (rows, group, width), (rows, width)
+    shape = {"": (0,), "weights": whole, "mass": keys, "low": keys, "logits": whole}[want]
     value_dim = value.shape[2] * (2 if format == "int4" else 1)
     return q.new_empty(rows, group, value_dim), *(q.new_empty(s, dtype=torch.float32) for s in ((rows, group), shape))
 

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from foveal.errors import InputError
 from foveal.ops.dense import check, wide
+from foveal.ops.pages import Pages
 from foveal.ops.route import Route, no_kernel, routed
 
 _TILE_NUMBERS = 1 << 21  # numbers of one intermediate tile: 8 MB in float32
@@ -35,6 +36,7 @@ def page_bound(
     *,
     group: str | None = "max",
     count: Tensor | None = None,
+    size: int = 1,
     keep_first: int = 0,
     keep_last: int = 0,
 ) -> Tensor:
@@ -42,15 +44,17 @@ def page_bound(
 
     `q` `[rows, group, head_dim]`, one row for each KV head of a sequence; `lo`, `hi` `[rows, pages, head_dim]`. The bound
     is relu(q) . hi + min(q, 0) . lo, unscaled. `group` says how the query heads of a row are joined: "max", "sum", "mean",
-    or None to keep them apart. `count` `[rows]`, on the tensors' device, is how many pages a row holds (None: all): later
-    ones score -inf. The first `keep_first` and last `keep_last` pages that a row holds score +inf.
-    Returns `[rows, 1, pages]`, or `[rows, group, pages]` for None. Raises `InputError` for other shapes or words.
+    or None to keep them apart. `count` `[rows]`, on the tensors' device, is how many pages a row holds (None: all), or how
+    many keys where `size` says how many a page has: later pages score -inf. The first `keep_first` and last `keep_last`
+    pages that a row holds score +inf. Returns `[rows, 1, pages]`, or `[rows, group, pages]` for None. Raises `InputError`
+    for other shapes or words.
     """
-    route = _page_bound_route(q, lo, hi, group=group, count=count, keep_first=keep_first, keep_last=keep_last)
+    how = {"group": group, "count": count, "size": size, "keep_first": keep_first, "keep_last": keep_last}
+    route = _page_bound_route(q, lo, hi, **how)
     if route.name == "triton":
         from foveal.ops.gpu import scores as gpu
 
-        return gpu.page_bound(q, lo, hi, group or "none", count, keep_first, keep_last)
+        return gpu.page_bound(q, lo, hi, group or "none", count, size, keep_first, keep_last)
     dtype = wide(q.dtype)
     q, lo, hi = q.to(dtype), lo.to(dtype), hi.to(dtype)
     bound = torch.baddbmm(q.clamp(min=0) @ hi.mT, q.clamp(max=0), lo.mT)
@@ -60,7 +64,7 @@ def page_bound(
         return bound
     pages = lo.shape[1]
     page = torch.arange(pages, device=q.device)
-    held = torch.full((1,), pages, device=q.device) if count is None else count.clamp(max=pages)
+    held = torch.full((1,), pages, device=q.device) if count is None else (-(-count // size)).clamp(max=pages)
     held = held[:, None]
     forced = (page < keep_first) | (page >= held - keep_last)
     bound = bound.masked_fill(forced[:, None], math.inf)
@@ -68,7 +72,7 @@ def page_bound(
 
 
 @routed("page_bound")
-def _page_bound_route(q, lo, hi, *, group="max", count=None, keep_first=0, keep_last=0) -> Route:
+def _page_bound_route(q, lo, hi, *, group="max", count=None, size=1, keep_first=0, keep_last=0) -> Route:
     if q.dim() != 3 or lo.dim() != 3 or lo.shape != hi.shape or (q.shape[0], q.shape[2]) != (lo.shape[0], lo.shape[2]):
         raise InputError(
             "expected q [rows, group, head_dim] and bounds [rows, pages, head_dim], "
@@ -80,6 +84,7 @@ def _page_bound_route(q, lo, hi, *, group="max", count=None, keep_first=0, keep_
         raise InputError(f"expected count [{q.shape[0]}], one for each row, got {list(count.shape)}; match the rows")
     if min(keep_first, keep_last) < 0:
         raise InputError(f"expected pages to keep from 0 up, got {keep_first} and {keep_last}; give counts")
+    _check_size(size)
     why = no_kernel(q) or _no_half(q, lo, hi)
     if why is None and (q.shape[1] > 32 or q.shape[2] > 256):
         why = f"the kernel takes groups to 32 and head sizes to 256, not {q.shape[1]} and {q.shape[2]}"
@@ -162,6 +167,46 @@ def seen_blocks(nq: int, nk: int, query_block: int, key_block: int, past: int, d
     """How many key blocks the queries of each block see any of, `[nq]`: `past` keys lie before the first query."""
     last = past + torch.arange(1, nq + 1, device=device) * query_block - 1
     return (last // key_block + 1).clamp(max=nk)
+
+
+@torch.no_grad()
+def pool_newest(pages: Pages, source: str, size: int, pooled: dict[str, Tensor]) -> None:
+    """Pool anew, in place, the block of `size` slots that holds each row's newest key; rows without keys stay as they are.
+
+    source: "key" or "value".  pooled: by "min", "max" or "mean", `[rows, blocks, head_dim]`. Slots past a row's length do not count.
+    """
+    low, high, mean = (pooled.get(kind) for kind in ("min", "max", "mean"))
+    if _pool_newest_route(pages, source, size, pooled).name == "triton":
+        from foveal.ops.gpu import scores as gpu
+
+        gpu.pool_newest(getattr(pages, source), pages.table, pages.length, size, low, high, mean)
+        return
+    length = pages.length.long()[:, None]
+    block = (length - 1).clamp(min=0) // size
+    slots = block * size + torch.arange(size, device=length.device)
+    held = (slots < length)[..., None]
+    x = pages.gather(source, slots * (slots < length), next(iter(pooled.values())).dtype)
+    row = torch.arange(len(length), device=length.device)
+    for kind, to in pooled.items():
+        fill = {"min": math.inf, "max": -math.inf, "mean": 0.0}[kind]
+        y = x.masked_fill(~held, fill)
+        new = y.sum(1, dtype=wide(x.dtype)) / held.sum(1).clamp(min=1) if kind == "mean" else getattr(y, "a" + kind)(1)
+        at = (row, block[:, 0])
+        to[at] = torch.where(length > 0, new.to(to.dtype), to[at])
+
+
+@routed("pool_newest")
+def _pool_newest_route(pages, source, size, pooled) -> Route:
+    if not pooled or not pooled.keys() <= {"min", "max", "mean"} or source not in ("key", "value"):
+        raise InputError(f"expected 'key' or 'value' by 'min', 'max' or 'mean', got '{source}' by {sorted(pooled)}")
+    _check_size(size)
+    x = getattr(pages, source)
+    why = no_kernel(x)
+    if why is None and pages.format is not None:
+        why = "the kernel reads no codes"
+    if why is None and (size > 256 or _no_half(x) is not None):
+        why = f"the kernel takes blocks to 256 slots in half or single precision, not {size} in {x.dtype}"
+    return Route("torch", why) if why else Route("triton", "one kernel for all kinds")
 
 
 # ---------------------------------------------------------------------- antidiagonals (XAttention)

@@ -193,18 +193,20 @@ def largest(x: Tensor, count: int | Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def top_slots(scores: Tensor, k: int, forced: Tensor | None = None, *, count: Tensor | None = None) -> Tensor:
+def top_slots(
+    scores: Tensor, k: int, forced: Tensor | None = None, *, count: Tensor | None = None, unit: int = 1
+) -> Tensor:
     """The k best slots of each row in ascending order: int32 `[rows, k]`, -1 at the end where a row has fewer.
 
     `scores` `[rows, n]`; `forced` bool `[rows, n]` come first, as far as they are visible; `count` int `[rows]` on the
-    scores' device says how many a row takes, at most k. Nothing is read back from the device.
-    Raises `InputError` for other shapes or k < 1.
+    scores' device says how many a row takes, at most k. `unit`: the slots of a score, of which the first is named: score i
+    stands for slot i * unit. Nothing is read back from the device. Raises `InputError` for other shapes, k < 1 or unit < 1.
     """
-    route = _top_slots_route(scores, k, forced, count=count)
+    route = _top_slots_route(scores, k, forced, count=count, unit=unit)
     if route.name == "triton":
         from foveal.ops.gpu import top as gpu
 
-        return gpu.top_slots(scores, k, forced, count)
+        return gpu.top_slots(scores, k, forced, count, unit)
     rows, n = scores.shape
     if n == 0:
         return torch.full((rows, k), -1, dtype=torch.int32, device=scores.device)
@@ -213,18 +215,20 @@ def top_slots(scores: Tensor, k: int, forced: Tensor | None = None, *, count: Te
     # Every picked slot goes to its rank, all others to a column that is cut off.
     rank = torch.where(picked, picked.cumsum(-1) - 1, k)
     slots = torch.full((rows, k + 1), -1, dtype=torch.int32, device=scores.device)
-    place = torch.arange(n, dtype=torch.int32, device=scores.device).expand(rows, n)
+    place = torch.arange(0, n * unit, unit, dtype=torch.int32, device=scores.device).expand(rows, n)
     return slots.scatter_(1, rank, place)[:, :k]
 
 
 @routed("top_slots")
-def _top_slots_route(scores, k, forced=None, *, count=None) -> Route:
+def _top_slots_route(scores, k, forced=None, *, count=None, unit=1) -> Route:
     if scores.dim() != 2 or not scores.is_floating_point():
         raise InputError(
             f"expected float scores [rows, n], got {scores.dtype} {list(scores.shape)}; flatten batch and heads"
         )
     if k < 1:
         raise InputError(f"expected k of at least 1 slot, got {k}; every query reads something")
+    if unit < 1:
+        raise InputError(f"expected a unit of at least 1 slot, got {unit}; give the slots of a score")
     if forced is not None and (forced.dtype != torch.bool or forced.shape != scores.shape):
         raise InputError(
             f"expected forced bool {list(scores.shape)}, got {forced.dtype} {list(forced.shape)}; match the scores"
@@ -239,5 +243,30 @@ def _top_slots_route(scores, k, forced=None, *, count=None) -> Route:
     return (
         Route("torch", why)
         if why
-        else Route("triton", "an integer key, its k-th value, compaction in one kernel a row")
+        else Route("triton", "an integer key, its k-th value, compaction: one kernel, or digit by digit for long rows")
     )
+
+
+@torch.no_grad()
+def marked_slots(mask: Tensor, k: int) -> Tensor:
+    """The slots where mask bool `[rows, n]` is true, in order, the first k of each row: int32 `[rows, k]`, -1 at the end.
+
+    Raises `InputError` for other shapes or k < 1.
+    """
+    if _marked_slots_route(mask, k).name == "triton":
+        from foveal.ops.gpu import top as gpu
+
+        return gpu.marked_slots(mask, k)
+    return top_slots(torch.zeros_like(mask, dtype=torch.float32).masked_fill_(~mask, -math.inf), k)
+
+
+@routed("marked_slots")
+def _marked_slots_route(mask, k) -> Route:
+    if mask.dim() != 2 or mask.dtype != torch.bool:
+        raise InputError(
+            f"expected a mask bool [rows, n], got {mask.dtype} {list(mask.shape)}; flatten batch and heads"
+        )
+    if k < 1:
+        raise InputError(f"expected k of at least 1 slot, got {k}; every query reads something")
+    why = no_kernel(mask)
+    return Route("torch", why) if why else Route("triton", "one kernel; each program counts the marks before its own")

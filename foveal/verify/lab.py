@@ -26,8 +26,8 @@ from .experiments import DENSE, Cell, Experiment
 QUESTIONS, TEXTS, SCORED = 20, 4, 64
 """Questions of a task, texts to go on with, and tokens scored of each text."""
 PROMPT, STEPS = 96, 8  # tokens read and decoded where logits are compared
-QUICK = {"length": 512, "questions": 4, "texts": 1, "scored": 16}
-"""The most a quick run asks."""
+QUICK = {"length": 512, "questions": 4, "prompts": 2, "texts": 1, "scored": 16}
+"""The most a quick run asks; `prompts`: questions that are part of a prompt of their own."""
 RANDOM = "{random}"
 _RECORDINGS = 1 << 31  # bytes of readings kept for the next claims
 
@@ -168,8 +168,8 @@ class Lab:
         asked = self._task(cell.task).kind == "generate"
         n = cell.n or (QUESTIONS if asked else TEXTS)
         if self.quick:
-            n, length = min(n, QUICK["questions" if asked else "texts"]), min(cell.length, QUICK["length"])
-            return cell._replace(n=n, length=length)
+            most = QUICK["texts" if not asked else "prompts" if cell.query_aware else "questions"]
+            return cell._replace(n=min(n, most), length=min(cell.length, QUICK["length"]))
         return cell._replace(n=n)
 
     def _task(self, name: str) -> Task:

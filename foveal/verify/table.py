@@ -9,8 +9,15 @@ from rich.markup import escape
 from rich.table import Table
 
 from .experiments import FAILS, HOLDS, VOID
+from .lab import QUICK
 from .run import UNTESTABLE, Result
 
+QUICKLY = (
+    "quick: every line was applied, to at most {questions} questions ({prompts} of a prompt each) or {scored} tokens of {texts} text, "
+    "at {length} tokens. "
+    "That shows that all works and decides nothing; the same command without --quick does."
+).format(**QUICK)
+"""What to say below the table of a quick run."""
 _STYLE = {HOLDS: "green", FAILS: "red", VOID: "yellow", UNTESTABLE: "dim"}
 
 

@@ -6,13 +6,14 @@ import math
 import pytest
 import torch
 from models import tiny
-from reference import attend, causal, close, over_heads, thin, thinned, watch
+from reference import attend, causal, close, hook, over_heads, thin, thinned, watch
 
 import foveal
 from foveal.attach import ModelInfo
 from foveal.hub import model_identity
-from foveal.methods.select.fasa import Fasa
+from foveal.methods.select.fasa import Fasa, _together
 from foveal.methods.select.frequency_chunks import ChunkTable, agreement, rotary_pairs, table_for
+from foveal.store import Layout
 
 N, PROMPT, HEADS, KV = 66, 60, 6, 2
 
@@ -74,11 +75,39 @@ def test_it_reads_the_keys_that_its_frequencies_rank_first(how, budget, heads, m
         assert not close(s.out, attend(s, base), 1e-3)
 
 
+@pytest.mark.parametrize("paged", [False, True])
+@pytest.mark.parametrize(
+    ("heads", "budget", "read"), [("query", 6, 18), ("kv", 6, 6), ("query", 40, 66), ("kv", 0.5, 33)]
+)
+def test_what_is_read_is_what_is_counted(heads, budget, read, paged, model, ids, table):
+    """A list for each of three query heads reads up to three keys where a shared list reads one; never more than there are."""
+    method, outs = Fasa(budget, 0.375, str(table), heads), []
+    reference = watch(model, method, ids[:1], (PROMPT,)).seqs[0]
+    watcher = hook(mix=lambda step, out: outs.append(out[0].double()) or out)
+    with torch.no_grad(), foveal.attach(model, method | watcher, layout=Layout(paged=paged)) as session:
+        cache = model(ids[:1, :PROMPT]).past_key_values
+        outs.clear()
+        for i in range(PROMPT, N):
+            model(ids[:1, i : i + 1], past_key_values=cache)
+        assert session.read_share == pytest.approx(read / N)
+    for i, s in enumerate(reference):
+        assert close(torch.cat(outs[i :: len(reference)], 1), s.out[:, PROMPT:])
+
+
 def test_all_frequencies_are_exact_top_k(model, ids):
     single = tiny("llama", num_hidden_layers=2, num_key_value_heads=6)
     runs = [watch(single, m, ids, (PROMPT,)) for m in (Fasa(12, 1.0, "slowest"), foveal.get_method("top-k", budget=12))]
     for (_, _, a), (_, _, b) in zip(runs[0].each(), runs[1].each(), strict=True):
         assert close(a.out, b.out)
+
+
+def test_heads_that_look_at_different_dimensions_share_their_union():
+    dims = torch.zeros(4, 8, dtype=torch.bool)
+    dims[0, [1, 5]] = dims[1, [1, 2]] = dims[2, [0, 4]] = dims[3, [0, 4]] = True
+    union, chosen = _together(dims, 2)
+    assert union.tolist() == [[1, 2, 5], [0, 4, -1]]
+    assert chosen[:2].tolist() == [[True, False, True], [True, True, False]]
+    assert chosen[2:, :2].all() and not chosen[2:, 2].any()
 
 
 def test_slowest_looks_at_the_last_pairs(model, ids):

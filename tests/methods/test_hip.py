@@ -8,7 +8,8 @@ from models import tiny
 from reference import attend, causal, close, stays, thin, thinned, watch
 
 import foveal
-from foveal.methods.select.hip import HiP, halve
+from foveal.methods.select.hip import HiP
+from foveal.ops.tree import halve
 
 N, PROMPT, KV = 75, 66, 2
 

@@ -9,7 +9,7 @@ from reference import attend, causal, close, thin, thinned, watch
 
 import foveal
 from foveal.methods.select.hisa import Hisa
-from foveal.methods.select.indexer import flat, two_stage
+from foveal.ops import index_flat, index_two_stage
 
 N, PROMPT, KV = 75, 66, 2
 
@@ -37,7 +37,7 @@ def chosen(s, m, prompt_size, decode_size):
     seen = torch.zeros(KV, n, n, dtype=torch.bool)
     for g in range(KV):
         z = s.q[g * group : (g + 1) * group].sum(0) @ s.k[g].T
-        for i in range(n):
+        for i in range(PROMPT, n) if m.query_block > 1 else range(n):
             stop = PROMPT if i < PROMPT else i + 1  # a block's mean is of all keys there are
             blocks = [s.k[g, b : min(b + m.block, stop)].mean(0) for b in range(0, stop, m.block)]
             mean = [(s.q[g * group : (g + 1) * group, i].sum(0) @ x).item() for x in blocks]
@@ -57,6 +57,20 @@ def test_queries_read_the_best_tokens_of_the_best_blocks(method, model, ids):
         visible = chosen(s, method, method.budget, method.budget)
         assert (visible.sum(-1) == (torch.arange(N) + 1).clamp(max=method.budget)).all()
         assert close(s.out, attend(s, visible))
+
+
+def test_queries_of_a_block_share_the_tokens_best_for_any(model, ids):
+    method = Hisa(12, 8, 9, query_block=5)  # all blocks are searched
+    for _, _, s in watch(model, method, ids, (PROMPT,)).each():
+        visible = chosen(s, method, 12, 12)
+        z = s.q.unflatten(0, (KV, -1)).sum(1) @ s.k.mT
+        z = z.masked_fill(~causal(N), -torch.inf)[:, :PROMPT]
+        for a in range(0, PROMPT, 5):
+            best = z[:, a : a + 5].amax(1).masked_fill(torch.arange(N) >= a + 5, -torch.inf).topk(12, -1)
+            read = torch.zeros(KV, N, dtype=torch.bool).scatter_(1, best.indices, best.values > -torch.inf)
+            visible[:, a : min(a + 5, PROMPT)] = read[:, None]
+        visible &= causal(N)
+        assert visible.any(-1).all() and close(s.out, attend(s, visible))
 
 
 def test_with_blocks_for_all_tokens_it_is_top_k_of_the_summed_logits(model, ids):
@@ -96,7 +110,7 @@ def drawn(heads=4, length=90, total=90, dim=8, batch=2):
 @pytest.mark.parametrize(("length", "relu"), [(90, True), (17, True), (90, False)])
 def test_a_flat_indexer_takes_the_largest_scores(length, relu, weighed):
     q, w, k = drawn(length=length)
-    got = flat(q, w if weighed else None, k, 7, relu)
+    got = index_flat(q, w if weighed else None, k, 7, relu=relu)
     for b in range(2):
         for t in range(length):
             position = 90 - length + t
@@ -112,15 +126,15 @@ def test_a_flat_indexer_takes_the_largest_scores(length, relu, weighed):
 @pytest.mark.parametrize("length", [90, 17])
 def test_two_stages_with_all_blocks_are_flat(length):
     q, w, k = drawn(length=length)
-    assert torch.equal(two_stage(q, w, k, 11, 8, 12), flat(q, w, k, 11))
-    assert not torch.equal(two_stage(q, w, k, 11, 8, 3), flat(q, w, k, 11))
+    assert torch.equal(index_two_stage(q, w, k, 11, block=8, blocks=12), index_flat(q, w, k, 11))
+    assert not torch.equal(index_two_stage(q, w, k, 11, block=8, blocks=3), index_flat(q, w, k, 11))
 
 
 def test_keys_that_are_equal_inside_blocks_are_ranked_exactly():
     """The mean of a block is then its every key, so the best blocks hold the best tokens."""
     q, w, k = drawn(total=96, length=96)
     k = k[:, ::8].repeat_interleave(8, 1)
-    got, want = two_stage(q, w, k, 16, 8, 4), flat(q, w, k, 16)
+    got, want = index_two_stage(q, w, k, 16, block=8, blocks=4), index_flat(q, w, k, 16)
     scores = lambda ids: torch.stack(
         [((q[b, :, -1] @ k[b].T).relu() * w[b, :, -1, None]).sum(0)[ids[b, -1].long()].sort().values for b in range(2)]
     )
@@ -133,7 +147,7 @@ def test_local_structure_is_found_by_a_random_indexer():
     k = torch.randn(1, 2048, 16, generator=g).cumsum(1)
     k = (k - k.mean(1, keepdim=True)) / k.std(1, keepdim=True)
     q, w = torch.randn(1, 4, 64, 16, generator=g), torch.rand(1, 4, 64, generator=g)
-    a, b = two_stage(q, w, k, 128, 32, 16), flat(q, w, k, 128)
+    a, b = index_two_stage(q, w, k, 128, block=32, blocks=16), index_flat(q, w, k, 128)
     same = [len(set(x) & set(y)) / len(set(x) | set(y)) for x, y in zip(a[0].tolist(), b[0].tolist(), strict=True)]
     assert sum(same) / len(same) > 0.9
 
@@ -141,12 +155,14 @@ def test_local_structure_is_found_by_a_random_indexer():
 def test_bad_shapes_and_values():
     q, w, k = drawn()
     with pytest.raises(foveal.InputError, match="expected q "):
-        flat(q, w[:, :2], k, 4)
+        index_flat(q, w[:, :2], k, 4)
     with pytest.raises(foveal.InputError, match="budget of 20 tokens, got 2 x 8"):
-        two_stage(q, w, k, 20, 8, 2)
-    with pytest.raises(foveal.InputError, match="at least 1 token, got 0"):
-        flat(q, w, k, 0)
+        index_two_stage(q, w, k, 20, block=8, blocks=2)
+    with pytest.raises(foveal.InputError, match="runs of 1 to 4 queries, as many as the budget has tokens, got 5"):
+        index_flat(q, w, k, 4, size=5)
     with pytest.raises(foveal.InputError, match="cannot hold a budget of 2048"):
         Hisa(blocks=4)
     with pytest.raises(foveal.InputError, match="block = 0"):
         Hisa(block=0)
+    with pytest.raises(foveal.InputError, match="query_block = 17"):
+        Hisa(16, 4, 4, query_block=17)

@@ -9,6 +9,7 @@ from reference import attend, causal, close, over_heads, thin, thinned, watch, w
 
 import foveal
 from foveal.methods.select.recycled import Recycled
+from foveal.store import Layout
 
 N, PROMPT, HEADS, KV = 84, 60, 6, 2
 
@@ -81,6 +82,21 @@ def test_it_reads_what_the_last_full_step_looked_at(how, method, model, ids):
     if method.similar is not None:  # some steps were alike and some were not
         assert min(fulls) > 0 and max(fulls) < (N - PROMPT) // method.stride
     assert seen.cache.lengths.max() == (64 if how == "ragged" else N)  # nothing leaves the cache
+
+
+@pytest.mark.parametrize("method", METHODS, ids=str)
+def test_pages_read_the_same(method, model, ids):
+    """Where keys lie in pages one operation marks and drops, and one chooses after a full step."""
+
+    def run(layout, rows):
+        with torch.no_grad(), foveal.attach(model, method, layout=layout):
+            cache = model(ids[rows, :PROMPT]).past_key_values
+            out = [model(ids[rows, i : i + 1], past_key_values=cache).logits for i in range(PROMPT, N)]
+        return torch.cat(out, 1), cache.rows[0].plane("recycled")
+
+    for rows in (slice(0, 1), slice(0, 2)):
+        (a, marks), (b, expected) = run(Layout(paged=True), rows), run(Layout(paged=False), rows)
+        assert close(a, b) and torch.equal(marks, expected)
 
 
 @pytest.mark.parametrize("method", [Recycled(12, 1), Recycled(12, 1, similar=2), Recycled(N, 50)], ids=str)

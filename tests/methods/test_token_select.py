@@ -13,6 +13,7 @@ from foveal.edits import Plane
 from foveal.methods.select.token_select import TokenSelect
 from foveal.rope import Rope
 from foveal.selection import Band
+from foveal.store import Layout
 
 N, PROMPT, HEADS, KV = 70, 60, 6, 2
 
@@ -110,6 +111,34 @@ def test_it_reads_what_the_heads_vote_for(how, method, model, ids):
         unread += count
     assert unread > 0
     assert seen.cache.lengths.max() == (50 if how == "ragged" else N)  # nothing is dropped
+
+
+@pytest.mark.parametrize("method", [*METHODS, TokenSelect(24, 2, 4, 16, reuse=2, positions="original")], ids=str)
+def test_pages_read_the_same(method, model, ids):
+    """Keys in pages are neither gathered nor turned as a whole; two sequences of different lengths, and what they remember."""
+    mask = torch.ones_like(ids)
+    mask[1, :13] = 0
+
+    def run(layout):
+        where = (mask.cumsum(-1) - 1).clamp(min=0)
+        with torch.no_grad(), foveal.attach(model, method, layout=layout):
+            cache = model(
+                ids[:, :PROMPT], attention_mask=mask[:, :PROMPT], position_ids=where[:, :PROMPT]
+            ).past_key_values
+            out = []
+            for i in range(PROMPT, N):
+                now = {"attention_mask": mask[:, : i + 1], "position_ids": where[:, i : i + 1]}
+                out.append(model(ids[:, i : i + 1], past_key_values=cache, **now).logits)
+        return torch.cat(out, 1)
+
+    assert close(run(Layout(paged=True)), run(Layout(paged=False)))
+
+
+def test_frequencies_are_those_of_pairs_by_halves(model):
+    x = torch.zeros(1, 16)
+    assert torch.allclose(Rope.of(model).frequencies(x, 0), 10000.0 ** (-torch.arange(8) / 8))
+    assert Rope.of(tiny("gpt_neox")).frequencies(x, 0) is None  # a quarter of the dimensions turns
+    assert Rope.of(tiny("cohere")).frequencies(x, 0) is None  # neighbours pair
 
 
 def test_chunks_of_the_caller_are_chunks_of_the_prompt(model, ids):

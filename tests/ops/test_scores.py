@@ -68,6 +68,8 @@ def test_page_bound_forces_what_a_row_holds():
     inf = math.inf
     finite = torch.tensor([[inf, 0, 0, 0, inf, inf], [inf, 0, inf, inf, -inf, -inf], [inf] + [-inf] * 5])
     assert torch.equal(bound.where(bound.isinf(), 0.0), finite)
+    keys = {"count": torch.tensor([16, 12, 1]), "size": 3, "keep_first": 1, "keep_last": 2}
+    assert torch.equal(ops.page_bound(q, lo, lo + 1, **keys)[:, 0], bound)  # keys held, three a page
     plain = ops.page_bound(q, lo, lo + 1)[:, 0]
     assert torch.equal(bound[bound.isfinite()], plain[bound.isfinite()])
 

@@ -5,7 +5,6 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ...edits import Keep
 from ...errors import InputError
 from ...method import Budget, check_budget
 
@@ -57,8 +56,3 @@ def outside(step, heads: tuple[int, ...], leaving: Tensor) -> Tensor:
     chosen = leaving.new_zeros(step.G)
     chosen[list(heads)] = True
     return ~(leaving & chosen[:, None])
-
-
-def evict_oldest(step, heads: tuple[int, ...], after: int, held, **keep) -> Keep | None:
-    """Decode: the oldest key with a token id of at least `after` leaves those heads that hold more than `held`."""
-    return step.evict_one(step.oldest(after), held, heads=heads, **keep)

@@ -2,13 +2,13 @@
 
 from dataclasses import dataclass
 
-from ...edits import Keep
+from ...edits import Keep, Leave
 from ...errors import InputError
 from ...heads import HeadRoles, roles_for
 from ...method import Method, check_count, check_range, method
 from ...selection import FOREVER, Band, Selection
 from ...verify import Beats, Claim, StaysNear
-from .by_head import HeadPlan, check_share, evict_oldest, outside, whole_share
+from .by_head import HeadPlan, check_share, outside, whole_share
 from .profiles import profile_for
 
 
@@ -87,13 +87,13 @@ class Duo(Method):
         recent = [size - sink if h // group in others else FOREVER for h in range(step.H)]
         return Band(sink, recent)
 
-    def keep(self, step) -> Keep | None:
+    def keep(self, step) -> Keep | Leave | None:
         others = step.plan.others[step.layer]
         if not others:
             return None
         sink, size = self._sinks, self._size(step, ahead=1)
         if step.decode:
-            return evict_oldest(step, others, sink, size - 1)
+            return Leave(size - 1, after=sink, heads=others)
         if size > step.T:
             return None
         token, last = step.token, step.q_token[:, -1, None, None]

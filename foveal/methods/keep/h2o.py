@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from ...edits import Keep, Plane
+from ...edits import Keep, Leave, Plane
 from ...method import Budget, Method, check_budget, check_range, method
 from ...verify import Beats, Claim, StaysNear
 
@@ -32,6 +32,7 @@ class H2O(Method):
     recent: float = 0.5
 
     needs = frozenset({"col_mass"})
+    columns = True
     planes = {"h2o": Plane(0.0)}
     dense_prefill = True
 
@@ -39,17 +40,21 @@ class H2O(Method):
         check_budget(self.budget)
         check_range("recent", self.recent, 0, 1)
 
-    def keep(self, step) -> Keep | None:
-        step.store.add("h2o", step.group(step.stats["col_mass"], "sum"))
+    def keep(self, step) -> Keep | Leave | None:
+        step.tally("h2o", "col_mass")
         if not step.prompt_done:
             return None
         size = step.budget(self.budget)
         if isinstance(size, int) and size >= step.T:
             return None
-        total = step.store.plane("h2o")
-        newest = size * self.recent
-        newest = int(newest) if isinstance(size, int) else newest.long()[..., None]
-        newest = step.token > step.q_token[:, -1, None, None] - newest  # empty slots count as newest: never dropped
         if step.decode:
-            return step.evict_one(total.masked_fill(newest, float("inf")).argmin(-1), size)
-        return step.keep_best(total, size, protected=newest)
+            return Leave(size, "h2o", recent=self._newest(step, size))
+        newest = step.token > step.q_token[:, -1, None, None] - self._newest(
+            step, size
+        )  # empty slots, too: never dropped
+        return step.keep_best(step.store.plane("h2o"), size, protected=newest)
+
+    def _newest(self, step, size):
+        if isinstance(size, int):
+            return int(size * self.recent)
+        return step.once(("h2o", self), lambda: (size * self.recent).long())

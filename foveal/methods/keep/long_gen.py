@@ -3,7 +3,7 @@
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from ...edits import Keep
+from ...edits import Keep, Leave
 from ...method import Method, check_count, check_range, method
 from ...selection import Band, Selection
 from ...verify import Claim, Falls
@@ -79,10 +79,10 @@ class LongGen(Method):
             return super().select(step)
         return Band(self._sinks, size - self._sinks)
 
-    def keep(self, step) -> Keep | None:
+    def keep(self, step) -> Keep | Leave | None:
         held = self._size(step, ahead=1) - 1  # with the next token itself, that is what its query may see
         if step.decode:
-            return step.evict_one(step.oldest(after=self._sinks), held)
+            return Leave(held, after=self._sinks)
         if held >= step.T:
             return None
         token, last = step.token, step.q_token[:, -1, None, None]

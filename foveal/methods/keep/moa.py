@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 import torch
 
-from ...edits import Keep
+from ...edits import Keep, Leave
 from ...errors import InputError
 from ...method import Method, check_count, method
 from ...selection import All, Band, Selection
@@ -98,12 +98,12 @@ class MoA(Method):
             return All()
         return Band(self.block, windows[0])
 
-    def keep(self, step) -> Keep | None:
+    def keep(self, step) -> Keep | Leave | None:
         held = [self._held(step, n + step.L) for n in step.pass_.counts]
         if step.decode:
             same = {n for row in held for n in row}
             allowed = same.pop() if len(same) == 1 else torch.tensor(held).to(step.device, non_blocking=True)
-            return step.evict_one(step.oldest(after=self.block), allowed)
+            return Leave(allowed, after=self.block)
         if min(held[0]) >= step.T:
             return None
         recent = torch.tensor(held[0], device=step.device)[:, None] - self.block

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 import torch
 
-from ...edits import Keep, Plane
+from ...edits import Keep, Leave, Plane
 from ...heads import HeadRoles, roles_for
 from ...method import Method, check_count, check_range, method
 from ...verify import Beats, BytesAtMost, Claim, StaysNear
@@ -72,26 +72,23 @@ class Razor(Method):
         best[induction.flatten().topk(count).indices] = True
         return best.view_as(induction)
 
-    def _held(self, step, ahead: int = 0):
+    def _held(self, step):
         """Keys another head holds: sinks, the compensation token and the buffer."""
         if self.budget is not None:
-            return step.budget(step.plan.window, ahead, least=self.sink + 2)
-        return step.budget(1 / self.compress, ahead, least=self.least) + self.sink + 1
+            return step.budget(step.plan.window, least=self.sink + 2)
+        buffer, ends = step.budget(1 / self.compress, least=self.least), self.sink + 1
+        return buffer + ends if isinstance(buffer, int) else step.once(("razor", self), lambda: buffer + ends)
 
-    def keep(self, step) -> Keep | None:
+    def keep(self, step) -> Keep | Leave | None:
         others = step.plan.others[step.layer]
         if not others or not step.prompt_done:
             return None
         held = self._held(step)
-        store, token = step.store, step.token
-        if step.decode:
-            # the compensation token is the oldest key that is no sink; the key after it is the one to fold in
-            seed = step.oldest(after=self.sink)
-            first = token.gather(2, seed[..., None])
-            slot = token.masked_fill(token <= first, torch.iinfo(token.dtype).max).argmin(-1)
-            return step.evict_one(slot, held, heads=others, into=seed)
-        if isinstance(held, int) and held >= store.T:
+        if step.decode:  # the compensation token is the oldest key that is no sink; the key after it is folded in
+            return Leave(held, after=self.sink, heads=others, fold=True)
+        if isinstance(held, int) and held >= step.T:
             return None
+        token = step.token
         seed = step.oldest(after=self.sink)
         first = token.gather(2, seed[..., None])
         newest = step.q_token[:, -1, None, None] - (held - self.sink - 1)

@@ -6,7 +6,7 @@ import torch
 
 from ...edits import Keep, Plane
 from ...errors import InputError
-from ...method import Budget, Method, check_budget, check_count, check_range, method
+from ...method import Budget, Method, check_budget, check_count, check_range, method, tokens_of
 from ...verify import BytesAtMost, Claim, StaysNear
 
 
@@ -32,7 +32,8 @@ class Scissorhands(Method):
     with the highest counts: `drop` of the budget at once, or more where a prompt needs it. The newest `recent` always stay.
 
     The history is the last `window` queries of a prompt and every query since, kept as running counters (the card's cheap variant);
-    counts are summed over the query heads of a KV head. Between compressions the cache moves between budget - drop and budget.
+    counts are summed over the query heads of a KV head. Between compressions the cache moves between budget - drop and budget; which step
+    compresses is known from the lengths alone, so all others run in a captured graph (with `drop` = 0 none does).
 
     bits: 4 or 8 stores what is kept as codes of so many bits (the paper's 20x is 5x with 4 bits); scales, counters and token ids are extra.
     """
@@ -43,6 +44,7 @@ class Scissorhands(Method):
     drop: float = 0.5
     bits: int | None = None
 
+    columns = True
     planes = {"low": Plane(0.0)}
     dense_prefill = True
 
@@ -66,9 +68,26 @@ class Scissorhands(Method):
     def needs(self) -> frozenset[str]:
         return frozenset({f"col_low:{self.window}"})
 
+    def begin(self, pass_) -> tuple[int, ...] | None:
+        """Whether some row will hold more than its budget after this step: the host knows, without asking the device.
+
+        Such a step is like no other, so that no graph is recorded of it.
+        """
+        full = pass_.decode and any(self._full(pass_, rows) for rows in pass_.store.rows)
+        pass_.state["scissorhands.full"] = full
+        return tuple(pass_.counts) if full else None
+
+    def _full(self, pass_, rows) -> bool:
+        """Rows of one layer, before the step's own keys. A length no row exceeds will do, where it is below every budget."""
+        sizes = [tokens_of(self.budget, n + pass_.length) for n in pass_.counts]
+        if rows.T + pass_.length <= min(sizes):
+            return False
+        held = (pair for c in rows.classes for pair in zip(c.numbers(), c.lengths(), strict=True))
+        return any(n + pass_.length > sizes[row // rows.heads] for row, n in held)
+
     def keep(self, step) -> Keep | None:
-        step.store.add("low", step.group(step.stats["col_low"], "sum"))  # whole numbers: ties stay ties
-        if not step.prompt_done:
+        step.tally("low", "col_low")  # whole numbers: ties stay ties
+        if not step.prompt_done or (step.decode and not step.state["scissorhands.full"]):
             return None
         size = step.budget(self.budget)
         held = step.store.uniform
@@ -86,11 +105,9 @@ class Scissorhands(Method):
         return step.keep_best(self._score(step), max(left, self.recent))
 
     def _compress_rows(self, step, size) -> Keep | None:
-        """Rows of a batch that fill up at different times: one look at the device each step tells whether any is over."""
+        """Rows of a batch that fill up at different times."""
         held = step.store.len
         over = held > size
-        if not bool(over.any()):
-            return None
         amount = torch.as_tensor(size, device=step.device)
         left = torch.minimum(amount, held - (self.drop * amount).long().clamp(min=1)).clamp(min=self.recent)
         rank = self._score(step).masked_fill(~step.store.valid, -float("inf")).argsort(-1, descending=True).argsort(-1)

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from ... import ops
-from ...edits import Keep, Plane
+from ...edits import Keep, Leave, Plane
 from ...errors import InputError
 from ...method import Method, Out, check_budget, check_count, check_range, method
 from ...selection import All, Selection
@@ -21,11 +21,11 @@ LEAST = 0.01  # of the tokens, in any layer
 
 
 class Schedule(NamedTuple):
-    """Share of the tokens and number of the heads that each layer works on; `before` is the layer that comes before each."""
+    """Share of the tokens and number of the heads that each layer works on; `shares` is the first on the device, [layers, 1]."""
 
     tokens: dict[int, float]
     heads: dict[int, int]
-    before: dict[int, int | None]
+    shares: Tensor
     first: int
     last: int
 
@@ -85,6 +85,11 @@ class SpAtten(Method):
     needs = frozenset({"col_mass"})
     planes = {"importance": Plane(0.0)}
 
+    @property
+    def columns(self) -> bool:
+        """Votes need not be told apart by head where every head goes on."""
+        return self.heads == 1
+
     def __post_init__(self) -> None:
         check_budget(self.budget)
         if isinstance(self.budget, int):
@@ -103,9 +108,10 @@ class SpAtten(Method):
     def setup(self, model) -> Schedule:
         layers, n = model.layers, len(model.layers)
         heads = [max(1, round(x * model.heads)) for x in falling(self.heads, n, SPARED_HEADS)]
-        before = dict(zip(layers, (None, *layers), strict=False))
-        tokens = dict(zip(layers, falling(self.budget, n, SPARED), strict=True))
-        return Schedule(tokens, dict(zip(layers, heads, strict=True)), before, layers[0], layers[-1])
+        shares = falling(self.budget, n, SPARED)
+        on_device = torch.tensor(shares, dtype=torch.float64)[:, None].to(model.model.device)
+        tokens, heads = (dict(zip(layers, x, strict=True)) for x in (shares, heads))
+        return Schedule(tokens, heads, on_device, layers[0], layers[-1])
 
     # ------------------------------------------------------------------ the layers so far
 
@@ -176,6 +182,8 @@ class SpAtten(Method):
         return torch.where(rough.amax(-1, keepdim=True) < self.threshold, sharp, rough)
 
     def mix(self, step, out: Tensor) -> Tensor:
+        if self.heads == 1:
+            return out
         sizes, count = step.state["spatten.heads"], step.plan.heads[step.layer]
         if count < step.H:
             best = sizes.topk(count, dim=1).indices
@@ -188,20 +196,19 @@ class SpAtten(Method):
     # ------------------------------------------------------------------ who leaves
 
     def keep(self, step) -> Keep | None:
-        mass = step.scratch["mass"] if "mass" in step.scratch else step.stats["col_mass"]
+        if step.decode:
+            return self._drop_one(step)
+        mass = step.stats["col_mass"]
         if "going" in step.scratch:
             mass = mass * step.scratch["going"][..., None]
         total, alive = step.state["spatten.tokens"], step.state.get("spatten.alive")
+        token = step.token[:, 0]
         if alive is not None:
-            mass = mass * self._of(alive, step.token[:, 0])
-        place = step.token[:, 0].clamp(max=total.shape[1] - 1).long()
-        empty = step.token[:, 0] == FAR
-        total = step.state["spatten.tokens"] = total.scatter_add(1, place, mass.sum(1).float().masked_fill(empty, 0.0))
-        if step.decode and step.layer == step.plan.last:
-            self._remember(step.pass_.store.layers[step.plan.first].rows, total)
-        if not step.prompt_done:
-            return None
-        return self._drop_one(step, total, place, empty) if step.decode else self._drop_many(step, total)
+            mass = mass * self._of(alive, token)
+        place = token.clamp(max=total.shape[1] - 1).long()
+        mass = mass.sum(1).float().masked_fill(token == FAR, 0.0)
+        total = step.state["spatten.tokens"] = total.scatter_add(1, place, mass)
+        return self._drop_many(step, total) if step.prompt_done else None
 
     def end(self, pass_) -> None:
         """The layers of a prompt are still apart in a batch, so importances are written when they are not."""
@@ -231,28 +238,40 @@ class SpAtten(Method):
             return None
         return Keep(mask=self._of(alive, step.token) & step.store.valid)
 
-    def _drop_one(self, step, total: Tensor, place: Tensor, empty: Tensor) -> Keep | None:
+    def _drop_one(self, step) -> None:
         """Decode: what the layer before has dropped leaves this one too; else, where it holds too many, its least important key."""
-        token = step.token[:, 0]
-        gone = step.state.get("spatten.gone")
-        followed = None if gone is None else (token == gone[:, None]) & ~empty
-        score = total.gather(1, place).masked_fill(empty | (token >= step.q_token[:, -1:]), math.inf)
-        slot = score.argmin(1)
-        if step.plan.tokens[step.layer] < 1:
-            over = (
-                step.store.len[:, 0]
-                > torch.as_tensor(step.budget(step.plan.tokens[step.layer]), device=step.device).flatten()
-            )
-            slot = slot.where(over, -1)
-        else:
-            slot = torch.full_like(slot, -1)
-        if followed is not None:
-            slot = followed.int().argmax(1).where(followed.any(1), slot)
-        leaver = token.gather(1, slot.clamp(min=0)[:, None])[:, 0]
-        step.state["spatten.gone"] = leaver.where(slot >= 0, -1)
-        if gone is None and step.plan.tokens[step.layer] == 1:
-            return None
-        return Keep(drop=slot[:, None].expand(-1, step.G), optional=True)
+        total, gone = step.state["spatten.tokens"], step.state.get("spatten.gone")
+        step.add_by_token(total, self._votes(step))
+        if step.layer == step.plan.last:
+            self._remember(step.pass_.store.layers[step.plan.first].rows, total)
+        share = step.plan.tokens[step.layer]
+        if gone is None and share == 1:
+            return
+        allowed = FAR if share == 1 else self._allowed(step)
+        left = step.let_one_go(Leave(allowed, by_token=total, gone=gone))
+        step.state["spatten.gone"] = left if left is not None else gone
+
+    @staticmethod
+    def _allowed(step) -> int | Tensor:
+        """Keys this layer may hold: a number, or [batch, 1] for all layers at once where only the device knows how many were seen."""
+        seen, share = step.seen(), step.plan.tokens[step.layer]
+        if isinstance(seen, int):
+            return step.budget(share)
+        share = step.plan.shares
+        every = step.once(
+            "spatten.allowed", lambda: (seen.double() * share - 1e-9).ceil().clamp(min=1).long()[..., None]
+        )
+        return every[step.model.layers.index(step.layer)]
+
+    @staticmethod
+    def _votes(step) -> Tensor:
+        """What the keys received in this step, [batch, kv_heads, T]."""
+        if "mass" not in step.scratch and "going" not in step.scratch:
+            return step.column("col_mass")
+        mass = step.scratch["mass"] if "mass" in step.scratch else step.stats["col_mass"]
+        if "going" in step.scratch:
+            mass = mass * step.scratch["going"][..., None]
+        return step.group(mass, "sum")
 
 
 def quantised(x: Tensor, bits: int, read: int | None = None) -> Tensor:

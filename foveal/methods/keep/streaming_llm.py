@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ...edits import Keep, Plane
+from ...edits import Keep, Leave, Plane
 from ...errors import InputError
 from ...method import Budget, Method, check_budget, check_count, method, tokens_of
 from ...selection import Band, Selection
@@ -98,9 +98,11 @@ class StreamingLLM(Method):
             return out
         return out * step.stats["lse"].sigmoid()[..., None].to(out.dtype)  # sum / (1 + sum) of the exponentials
 
-    def keep(self, step) -> Keep | None:
+    def keep(self, step) -> Keep | Leave | None:
         held = self._size(step, ahead=1) - 1  # with the next token itself, that is what its query may see
         moved = self.sink if self.renumber else 0
+        if step.decode and not moved:
+            return Leave(held, after=self.sink)
         if step.decode:
             return step.evict_one(step.oldest(after=self.sink), held, renumber=moved)
         if held >= step.store.T:

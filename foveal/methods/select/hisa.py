@@ -7,11 +7,11 @@ from torch import Tensor
 
 from ...errors import InputError
 from ...method import Budget, Method, check_budget, check_count, method, tokens_of
+from ...ops.index import index_two_stage
 from ...ops.top import top_slots
 from ...selection import All, Lists, Selection, Tokens
 from ...verify import Claim, StaysNear
 from .block_maps import is_whole_prompt
-from .indexer import two_stage
 from .lists import logits_at
 
 
@@ -34,15 +34,18 @@ class Hisa(Method):
     `block` tokens the `blocks` best by the score of their mean key, of the tokens in these the best by their own. The first block and
     the newest are always searched. (Paper: 2,048 tokens of 64 blocks of 128; more blocks where a budget needs them.)
 
-    A model trained with an indexer brings small heads for the scores (`foveal.methods.select.indexer` works with those). Others have
+    A model trained with an indexer brings small heads for the scores (`foveal.ops.index_two_stage` works with those). Others have
     none, so here the query heads of a KV head are the indexer: the sum of their logits, without the ReLU, as most logits of a
     softmax head are negative. Each query keeps a list, which is meant for heads that all share their keys (latent
-    attention): with several KV heads lists take length x kv_heads x budget x 4 bytes. A text that goes on after the prompt is dense.
+    attention): with several KV heads lists take length x kv_heads x budget x 4 bytes, and reading them costs more than dense attention.
+    `query_block` queries of a prompt may share a list there, by the largest score among them (not in the paper; 1 is). A text that goes on
+    after the prompt is dense.
     """
 
     budget: Budget = 2048
     block: int = 128
     blocks: int = 64
+    query_block: int = 1
 
     needs = frozenset({"whole_prompt"})
     example = {"budget": 0.3, "block": 4, "blocks": 5}
@@ -51,9 +54,14 @@ class Hisa(Method):
         check_budget(self.budget)
         check_count("block", self.block, 1)
         check_count("blocks", self.blocks, 1)
+        check_count("query_block", self.query_block, 1)
         if isinstance(self.budget, int) and self.block * self.blocks < self.budget:
             raise InputError(
                 f"blocks = {self.blocks}: {self.blocks} blocks of {self.block} tokens cannot hold a budget of {self.budget}"
+            )
+        if isinstance(self.budget, int) and self.query_block > self.budget:
+            raise InputError(
+                f"query_block = {self.query_block}: the queries of a block need a budget of as many tokens, not {self.budget}"
             )
 
     def _searched(self, size: int | Tensor) -> int | Tensor:
@@ -68,7 +76,8 @@ class Hisa(Method):
         if not is_whole_prompt(step, size):
             return All()
         q = step.q[0].unflatten(0, (step.G, -1))  # KV heads as a batch of indexers
-        return Lists(two_stage(q, None, step.k_new[0], size, self.block, self._searched(size), relu=False)[None])
+        how = {"block": self.block, "blocks": self._searched(size), "relu": False, "size": self.query_block}
+        return Lists(index_two_stage(q, None, step.k_new[0], size, **how)[None], self.query_block)
 
     def _decode(self, step) -> Tokens:
         most, pages = step.most(self.budget), -(-step.T // self.block)

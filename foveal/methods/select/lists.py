@@ -4,7 +4,8 @@ import torch
 from torch import Tensor
 
 from ...ops import ragged
-from ...ops.top import largest, top_slots
+from ...ops.pages import Pages
+from ...ops.top import largest, marked_slots, top_slots
 from ...selection import All, Selection, Tokens
 
 
@@ -49,13 +50,49 @@ def top_ids(step, score: Tensor, k: int, allowed: int | Tensor, before: int | Te
 
 def slots_of_ids(step, ids: Tensor) -> Tensor:
     """Slots of token ids [batch, m] in every row of this layer, [batch, kv_heads, m]; -1 where a row does not hold the token."""
-    return ids[:, None].expand(-1, step.G, -1) if whole(step) else step.store.find(ids[:, None])
+    each = ids[:, None].expand(-1, step.G, -1)
+    if whole(step) or (step.decode and in_order(step)):
+        return each
+    n = tokens_seen(step.pass_)
+    token = step.token.clamp(max=n).long()  # empty slots fall into column n, and so do ids of none
+    slot = torch.arange(step.T, device=ids.device).expand_as(token)
+    where = token.new_full((*token.shape[:2], n + 1), -1).scatter_(2, token, slot)
+    where[..., n] = -1
+    return where.gather(2, each.where((each >= 0) & (each < n), n).long())
 
 
 def slots_of_mask(mask: Tensor, k: int) -> Tensor:
-    """The slots where mask [batch, kv_heads, T] is true, in order, the first k of each row: [batch, kv_heads, k], else -1."""
-    score = torch.zeros_like(mask, dtype=torch.float32).masked_fill_(~mask, float("-inf"))
-    return top_slots(score.flatten(0, 1), k).long().unflatten(0, mask.shape[:2])
+    """The slots where mask [batch, kv_heads, T] is true, in order, the first k of each row: int32 [batch, kv_heads, k], else -1."""
+    return marked_slots(mask.flatten(0, 1), k).unflatten(0, mask.shape[:2])
+
+
+def plain_pages(step, besides: Selection | None = None) -> Pages | None:
+    """The pages of a layer, where a decode step sees all their keys, as they came and for what they are; else None.
+
+    besides: a selection of the caller's own that may narrow what is seen.
+    """
+    c = step.store.classes[0]
+    plain = step.bias is None and step.store.shift_bound == 0 and "mass" not in step.store.specs
+    seen = isinstance(step.visible, All) or step.visible is besides
+    return c.view if c.paged and plain and seen else None
+
+
+def packed(step) -> Tensor:
+    """The queries of a decode step as operations over rows take them, [rows, group, head_dim]."""
+    return step.q.reshape(step.q.shape[0] * step.G, step.group_size, -1)
+
+
+def lengths(step) -> Tensor | None:
+    """Keys of each row, [rows], on the device; None where all rows hold as many as there are slots."""
+    if step.store.uniform is not None:
+        return None
+    c = step.store.classes[0]
+    return c.pool.length if c.paged else step.store.len.flatten()
+
+
+def each_list(allowed: int | Tensor) -> Tensor | None:
+    """A budget [batch, 1] as operations take it, one number for each sequence; None for a plain number."""
+    return None if isinstance(allowed, int) else allowed[:, 0]
 
 
 def gather(step, name: str, slots: Tensor) -> Tensor:
@@ -108,20 +145,28 @@ def remember(step, plane: str, x: Tensor, change: Tensor) -> None:
     then, and a caller that acts on a low cosine is on the safe side.
     """
     new = x.reshape(x.shape[0], step.G, -1).float()
-    room = step.T * WIDTH
-    new = torch.nn.functional.pad(new, (0, max(0, room - new.shape[2])))[..., :room].unflatten(2, (step.T, WIDTH))
-    step.store.set(plane, torch.where(change[:, None, None, None], new, step.store.plane(plane)))
+    slots = min(step.T, -(-new.shape[2] // WIDTH))
+    new = torch.nn.functional.pad(new, (0, max(0, slots * WIDTH - new.shape[2])))[..., : slots * WIDTH]
+    old = step.store.plane(plane)
+    change = change[:, None, None] & step.store.valid[:, :, :slots]
+    new = torch.where(change[..., None], new.unflatten(2, (slots, WIDTH)), old[:, :, :slots])
+    if step.store.single is not None:
+        old[:, :, :slots] = new  # the plane itself
+    else:
+        step.store.set(plane, torch.cat([new, old[:, :, slots:]], 2))
 
 
 def similarity(step, plane: str, x: Tensor) -> Tensor:
     """Cosine of x [batch, heads, head_dim] and what `remember` kept, over all heads of the layer: [batch]; 0 where nothing was kept."""
     x = x.reshape(x.shape[0], step.G, -1).float()
-    kept = step.store.plane(plane).flatten(2)[..., : x.shape[2]]
+    kept = step.store.plane(plane)[:, :, : -(-x.shape[2] // WIDTH)].flatten(2)[..., : x.shape[2]]
     x_kept = x[..., : kept.shape[2]]
     norms = x.flatten(1).norm(dim=1) * kept.flatten(1).norm(dim=1)
     return (x_kept * kept).flatten(1).sum(1) / norms.clamp(min=1e-20)
 
 
 def tokens(step, ids: Tensor) -> Tokens:
-    """The selection of token ids [batch, m] in this layer."""
-    return Tokens(slots_of_ids(step, ids))
+    """The selection of token ids [batch, kv_heads, m], the same for all of them, in this layer."""
+    if ids.shape[1] == step.G and (whole(step) or in_order(step)):
+        return Tokens(ids)
+    return Tokens(slots_of_ids(step, ids[:, 0]))

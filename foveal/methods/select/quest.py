@@ -4,9 +4,11 @@ from dataclasses import dataclass
 
 import torch
 
+from ... import ops
 from ...method import Budget, Method, check_budget, check_count, method
 from ...selection import All, Selection, Tokens
 from ...verify import Beats, Claim, StaysNear
+from .lists import lengths, packed
 
 
 @method(
@@ -50,24 +52,14 @@ class Quest(Method):
         most = step.most(self.budget)
         if most >= step.T:
             return All()
-        pages = -(-step.T // self.page)
-        bound = self._bounds(step)
-        past = step.past
-        newest = past // self.page  # the page of the step's own key is read whatever its bound
-        index = torch.arange(pages, device=step.device)
-        newest = index == newest if isinstance(past, int) else index == newest[..., None]
-        bound = bound.masked_fill(newest, float("inf"))
-        if step.store.uniform is None:
-            bound = bound.masked_fill(index > past[..., None] // self.page, float("-inf"))
-        best, chosen = bound.topk(min(max(1, most // self.page), pages), dim=-1)
-        slots = chosen * self.page
-        if step.store.uniform is None:
-            wanted = step.budget(self.budget, least=self.page) // self.page
-            slots = step.ranked(slots.where(best > float("-inf"), -1), wanted)
-        return Tokens(slots, self.page)
+        bound = self._bounds(step).flatten(0, 1)
+        wanted = step.budget(self.budget, least=self.page)
+        count = None if isinstance(wanted, int) else (wanted[:, 0] // self.page).repeat_interleave(step.G)
+        slots = ops.top_slots(bound, min(max(1, most // self.page), bound.shape[1]), count=count, unit=self.page)
+        return Tokens(slots.unflatten(0, (-1, step.G)), self.page)
 
     def _bounds(self, step) -> torch.Tensor:
-        """Upper bounds of the logits in each page, [batch, kv_heads, pages], up to the scale."""
-        low, high = step.store.pooled("kmin", self.page), step.store.pooled("kmax", self.page)
-        q = step.q.reshape(step.q.shape[0], step.G, -1, step.q.shape[3])
-        return (q.clamp(min=0) @ high.mT + q.clamp(max=0) @ low.mT).amax(2)
+        """Upper bounds of the logits in each page, [batch, kv_heads, pages], up to the scale; that of the step's own key is infinite."""
+        low, high = (step.store.pooled(what, self.page).flatten(0, 1) for what in ("kmin", "kmax"))
+        held = {"count": lengths(step), "size": self.page, "keep_last": 1}
+        return ops.page_bound(packed(step), low, high, group="max", **held)[:, 0].unflatten(0, (-1, step.G))

@@ -5,12 +5,13 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from ... import ops
 from ...edits import Plane
 from ...errors import InputError
 from ...method import Budget, Method, check_budget, check_count, check_range, method
 from ...selection import All, Selection, Subset, Tokens
 from ...verify import Beats, Claim, StaysNear
-from .lists import WIDTH, logits_at, remember, similarity, slots_of_mask, top_mask
+from .lists import WIDTH, each_list, logits_at, packed, plain_pages, remember, similarity, slots_of_mask, top_mask
 
 
 @method(
@@ -96,18 +97,39 @@ class Recycled(Method):
 
     def after(self, step) -> None:
         full = step.scratch.get("recycled_full", [True])
-        weight = self._weights(step).masked_fill(~step.store.valid, float("-inf"))
         allowed = step.budget(self.budget, ahead=1, least=2) - 1  # room for the next step's own key
         some = isinstance(full, Tensor)
-        best = top_mask(weight, allowed) if some or any(full) else None
-        if some or not all(full):
-            rest = self._without_least(step, weight, allowed)
-            if best is not None:
-                rest = torch.where(torch.as_tensor(full, device=step.device)[:, None, None], best, rest)
-            best = rest
-        step.store.set("recycled", best)
+        if not self._by_pages(step, full, allowed):
+            weight = self._weights(step).masked_fill(~step.store.valid, float("-inf"))
+            best = top_mask(weight, allowed) if some or any(full) else None
+            if some or not all(full):
+                rest = self._without_least(step, weight, allowed)
+                if best is not None:
+                    rest = torch.where(torch.as_tensor(full, device=step.device)[:, None, None], best, rest)
+                best = rest
+            step.store.set("recycled", best)
         if self.similar is not None and (some or any(full)):
             remember(step, "recycled_query", step.q[:, :, -1], torch.as_tensor(full, device=step.device))
+
+    def _by_pages(self, step, full: list[bool] | Tensor, allowed: int | Tensor) -> bool:
+        """The same where keys lie in pages and all sequences do alike; false where nothing was done."""
+        chosen, how = step.scratch.get("recycled_tokens"), {"kv_heads": step.G, "share": self.share}
+        pages = plain_pages(step, besides=chosen) if step.decode else None
+        if pages is None or isinstance(full, Tensor) or any(full) != all(full):
+            return False
+        marks, q, count = step.store.plane("recycled"), packed(step), each_list(allowed)
+        if not any(full):
+            slots, allowed = chosen.slots.flatten(0, 1), allowed if count is None else count
+            ops.drop_least(q, pages, step.logit, slots, marks.flatten(0, 1), allowed, **how)
+            return True
+        k = allowed
+        if count is not None:
+            k, count = step.most(self.budget) + 1, count.repeat_interleave(step.G)
+        slots = ops.vote_slots(q, pages, step.logit, k, whole=False, own=True, count=count, **how)[0].long()
+        new = torch.zeros(slots.shape[0], step.T + 1, dtype=torch.bool, device=step.device)
+        new.scatter_(1, slots.where(slots >= 0, step.T), True)
+        step.store.set("recycled", new[:, : step.T].view_as(marks))
+        return True
 
     def _weights(self, step) -> Tensor:
         """Weights of the step's last query, shared out to KV heads, [batch, kv_heads, T]; zero where it did not look."""
@@ -115,8 +137,12 @@ class Recycled(Method):
         if chosen is None:
             return step.group(step.scores(start=step.L - 1, stop=step.L)[:, :, 0].softmax(-1), self.share)
         past = step.past
-        own = chosen.slots.new_full((*chosen.slots.shape[:2], 1), past) if isinstance(past, int) else past[..., None]
-        slots = torch.cat([chosen.slots, own], -1)
+        own = (
+            torch.full((*chosen.slots.shape[:2], 1), past, device=step.device)
+            if isinstance(past, int)
+            else past[..., None]
+        )
+        slots = torch.cat([chosen.slots.long(), own], -1)
         weight = step.group(logits_at(step, slots, own=chosen).softmax(-1), self.share)
         out = weight.new_zeros(*slots.shape[:2], step.T + 1)
         return out.scatter_(2, slots.where(slots >= 0, step.T), weight)[..., : step.T]

@@ -4,11 +4,12 @@ from dataclasses import dataclass
 
 import torch
 
+from ... import ops
 from ...errors import InputError
 from ...method import Budget, Method, check_budget, check_count, method
 from ...selection import All, Selection
 from ...verify import Beats, Claim, StaysNear
-from .lists import by_id, tokens, top_ids
+from .lists import by_id, each_list, in_order, packed, plain_pages, tokens, top_ids
 
 
 @method(
@@ -75,9 +76,19 @@ class Tidal(Method):
         most = max(2, step.most(self.budget))
         if most >= step.T:
             return
+        allowed = step.budget(self.budget, least=2) - 1  # and the step's own key
+        ids = self._choose(step, most - 1, allowed)
+        step.state["tidal"] = ids[:, None].expand(-1, step.G, -1).contiguous()
+
+    def _choose(self, step, k: int, allowed: int | torch.Tensor) -> torch.Tensor:
+        """The tokens of the layers that follow, ascending [batch, k]."""
+        pages = plain_pages(step)
+        if pages is not None and in_order(step):
+            ends = {"sink": self.sink, "recent": self.recent + 1}  # the step's own key is the newest
+            count = each_list(allowed)
+            return ops.vote_slots(packed(step), pages, step.logit, k, kv_heads=step.G, count=count, **ends)[0]
         votes = by_id(step, step.group(step.scores()[:, :, 0].softmax(-1), "sum"))
         index = torch.arange(votes.shape[1], device=step.device)
         own = step.q_token[:, :1]
         forced = (index < self.sink) | ((index >= own - self.recent) & (index < own))
-        allowed = step.budget(self.budget, least=2) - 1  # and the step's own key
-        step.state["tidal"] = top_ids(step, votes.masked_fill(forced, float("inf")), most - 1, allowed)
+        return top_ids(step, votes.masked_fill(forced, float("inf")), k, allowed)

@@ -9,9 +9,25 @@ from ... import ops
 from ...edits import Plane
 from ...errors import CompositionError, InputError
 from ...method import Budget, Method, Out, check_budget, check_count, check_range, method, tokens_of
+from ...ops.pages import Pages
+from ...ops.ragged import Logit
+from ...ops.votes import Kept, Turn
 from ...selection import All
 from ...verify import Beats, Claim, StaysNear
-from .lists import WIDTH, by_id, gather, remember, similarity, slots_of_ids, top_ids, whole
+from .lists import (
+    WIDTH,
+    by_id,
+    each_list,
+    gather,
+    in_order,
+    packed,
+    plain_pages,
+    remember,
+    similarity,
+    slots_of_ids,
+    top_ids,
+    whole,
+)
 
 
 @method(
@@ -155,6 +171,10 @@ class TokenSelect(Method):
             return None
         size, own = step.budget(self.budget, least=2), step.q_token
         sink, recent = self._ends(size)
+        pages = plain_pages(step) if in_order(step) else None
+        frequency = None if pages is None else step.model.rope.frequencies(step.q, step.layer)
+        if frequency is not None:
+            return self._by_pages(step, pages, frequency, most, size, sink, recent)
         query = self._mean_query(step, step.q, own)
         score = self._decode_score(step, query, own, sink, recent)
         ids = top_ids(step, self._forced(score, own, sink, own + 1 - recent), most - 1, size - 1)
@@ -166,6 +186,33 @@ class TokenSelect(Method):
         mass = None if whole(step) and self.reuse is None else (slots >= 0).to(step.q.dtype)
         key, value = gather(step, "key", slots), gather(step, "value", slots)
         return Out(self._read(step, step.q, key, value, read, slots, mass, self.renumber))
+
+    def _by_pages(self, step, pages: Pages, frequency: Tensor, most: int, size, sink, recent) -> Out:
+        """The same where slots are positions and keys lie in pages: neither keys nor votes are ever gathered."""
+        q, kept, ends = packed(step), None, (sink, recent)
+        if isinstance(sink, Tensor):
+            ends = sink[:, 0], recent[:, 0]
+        if self.reuse is not None:
+            query, marked = self._mean_query(step, step.q, step.q_token), step.store.plane("token_select")
+            again = (similarity(step, "token_select_query", query) >= self.reuse) & marked[:, 0].any(-1)
+            step.scratch["token_select"] = query, ~again
+            kept = Kept(again, marked.flatten(0, 1))
+        how = {"count": each_list(size - 1), "kept": kept, "turn": Turn(frequency, self.recent), "kv_heads": step.G}
+        how |= {"sink": ends[0], "recent": ends[1], "middle": True, "coarse": True}
+        ids, found = ops.vote_slots(q, pages, Logit(1.0), most - 1, **how)
+        if self.reuse is not None:
+            self._mark(step, ids.long(), step.q_token, sink, recent)
+        step.pass_.count_keys(most, step.T)
+        sinks = step.logit.sinks
+        if sinks is not None:
+            sinks = sinks.view(1, step.G, -1).expand(step.q.shape[0], -1, -1).flatten(0, 1)
+        logit = step.logit._replace(sinks=sinks)
+        if self.renumber:
+            out = ops.attend_renumbered(q, pages, logit, ids, found, frequency, kv_heads=step.G)
+        else:
+            slots = slots_of_ids(step, ids).flatten(0, 1)
+            out = ops.attend_ragged(q, pages, logit, slots=slots, own=True).out
+        return Out(out.view(step.q.shape[0], step.H, 1, -1))
 
     def _decode_score(self, step, query: Tensor, own: Tensor, sink, recent) -> Tensor:
         """Votes by token id, [batch, tokens]; of sequences whose query is as before, the tokens chosen then."""

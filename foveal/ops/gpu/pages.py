@@ -105,6 +105,35 @@ def _append(
 
 
 @triton.jit
+def _remove(
+    row, slot, n, A, B, C, E, TABLE, LENGTH, FREE, TOP, PLACE, HIDDEN, table_stride, hidden_stride,
+    WA: tl.constexpr, WB: tl.constexpr, WC: tl.constexpr, WE: tl.constexpr, WIDEST: tl.constexpr, PAGE: tl.constexpr,
+    SCALES: tl.constexpr, WINDOW: tl.constexpr,
+):  # fmt: skip
+    """The last of `n` keys of a row takes the place of the one at `slot`."""
+    last = n - 1
+    page = tl.load(TABLE + row * table_stride + last // PAGE)
+    source = page.to(tl.int64) * PAGE + last % PAGE
+    target = tl.load(TABLE + row * table_stride + slot // PAGE).to(tl.int64) * PAGE + slot % PAGE
+    i = tl.arange(0, WIDEST)
+    tl.store(A + target * WA + i, tl.load(A + source * WA + i, mask=i < WA), mask=i < WA)
+    tl.store(B + target * WB + i, tl.load(B + source * WB + i, mask=i < WB), mask=i < WB)
+    if SCALES:
+        tl.store(C + target * WC + i, tl.load(C + source * WC + i, mask=i < WC), mask=i < WC)
+        tl.store(E + target * WE + i, tl.load(E + source * WE + i, mask=i < WE), mask=i < WE)
+    if WINDOW > 0:
+        w = row * WINDOW + tl.arange(0, WINDOW)
+        place = tl.load(PLACE + w)
+        tl.store(PLACE + w, tl.where(place == slot, -1, tl.where(place == last, slot, place)))
+        mark = tl.load(HIDDEN + row * hidden_stride + last)
+        tl.store(HIDDEN + row * hidden_stride + slot, mark)
+        tl.store(HIDDEN + row * hidden_stride + last, 0.0)
+    if last % PAGE == 0:
+        tl.store(FREE + tl.atomic_add(TOP, 1), page)
+    tl.store(LENGTH + row, last)
+
+
+@triton.jit
 def _drop(
     SLOT, A, B, C, E, TABLE, LENGTH, FREE, TOP, PLACE, HIDDEN, table_stride, hidden_stride,
     WA: tl.constexpr, WB: tl.constexpr, WC: tl.constexpr, WE: tl.constexpr, WIDEST: tl.constexpr, PAGE: tl.constexpr,
@@ -118,26 +147,10 @@ def _drop(
     slot = tl.load(SLOT + row)
     n = tl.load(LENGTH + row)
     if (slot >= 0) & (slot < n):
-        last = n - 1
-        page = tl.load(TABLE + row * table_stride + last // PAGE)
-        source = page.to(tl.int64) * PAGE + last % PAGE
-        target = tl.load(TABLE + row * table_stride + slot // PAGE).to(tl.int64) * PAGE + slot % PAGE
-        i = tl.arange(0, WIDEST)
-        tl.store(A + target * WA + i, tl.load(A + source * WA + i, mask=i < WA), mask=i < WA)
-        tl.store(B + target * WB + i, tl.load(B + source * WB + i, mask=i < WB), mask=i < WB)
-        if SCALES:
-            tl.store(C + target * WC + i, tl.load(C + source * WC + i, mask=i < WC), mask=i < WC)
-            tl.store(E + target * WE + i, tl.load(E + source * WE + i, mask=i < WE), mask=i < WE)
-        if WINDOW > 0:
-            w = row * WINDOW + tl.arange(0, WINDOW)
-            place = tl.load(PLACE + w)
-            tl.store(PLACE + w, tl.where(place == slot, -1, tl.where(place == last, slot, place)))
-            mark = tl.load(HIDDEN + row * hidden_stride + last)
-            tl.store(HIDDEN + row * hidden_stride + slot, mark)
-            tl.store(HIDDEN + row * hidden_stride + last, 0.0)
-        if last % PAGE == 0:
-            tl.store(FREE + tl.atomic_add(TOP, 1), page)
-        tl.store(LENGTH + row, last)
+        _remove(
+            row, slot, n, A, B, C, E, TABLE, LENGTH, FREE, TOP, PLACE, HIDDEN, table_stride, hidden_stride,
+            WA, WB, WC, WE, WIDEST, PAGE, SCALES, WINDOW,
+        )  # fmt: skip
 
 
 def append(pages: Pages, free: Tensor, top: Tensor, key: Tensor, value: Tensor, token: Tensor, ids: Tensor) -> None:

@@ -266,9 +266,13 @@ def _merge(
 @triton.jit
 def _weigh(
     LOGIT, LSE, LENGTH, WEIGHT, logit_stride, width, limit,
-    G: tl.constexpr, GP: tl.constexpr, BN: tl.constexpr, SUM: tl.constexpr, LISTED: tl.constexpr, PDL: tl.constexpr,
+    G: tl.constexpr, GP: tl.constexpr, BN: tl.constexpr, SUM: tl.constexpr, LOW: tl.constexpr, LISTED: tl.constexpr,
+    PDL: tl.constexpr,
 ):  # fmt: skip
-    """Logits to weights, [rows, group, width] or, summed over the group, [rows, width]; zero past a row's length."""
+    """Logits to weights, [rows, group, width] or, summed over the group, [rows, width]; zero past a row's length.
+
+    LOW: instead of a sum, how many of the group's weights are below uniform.
+    """
     if PDL:
         tl.extra.cuda.gdc_wait()
         tl.extra.cuda.gdc_launch_dependents()
@@ -282,7 +286,10 @@ def _weigh(
     at = (row * logit_stride + n)[None, :] * G + gi[:, None]
     s = tl.load(LOGIT + at, mask=some & (n < length)[None, :], other=float("-inf"))
     p = tl.exp2(s - lse[:, None])
-    if SUM:
+    if LOW:  # a tie with uniform attention is not low
+        low = some & (n < length)[None, :] & (p < 0.99999 / length)
+        tl.store(WEIGHT + row * width + n, tl.sum(low.to(tl.float32), 0), mask=n < width)
+    elif SUM:
         tl.store(WEIGHT + row * width + n, tl.sum(p, 0), mask=n < width)
     else:
         tl.store(WEIGHT + (row * G + gi[:, None]) * width + n[None, :], p, mask=some & (n < width)[None, :])
@@ -292,11 +299,18 @@ def _weigh(
 
 
 class Wanted(NamedTuple):
-    """What decode attention returns beside the output: weights of every query head, or summed over a group, or logits alone."""
+    """What decode attention returns beside the output: weights of every query head, or summed over a group, or how many of a group are
+    below uniform, or logits alone."""
 
     weights: bool = False
     mass: bool = False
     logits: bool = False
+    low: bool = False
+
+    @property
+    def keys(self) -> bool:
+        """One number a key, for the group as a whole."""
+        return self.mass or self.low
 
 
 NOTHING = Wanted()
@@ -333,7 +347,7 @@ def launch(
     pieces = pieces_for(rows, q.device)
     part = q.new_empty(pieces + rows, G, DV, dtype=torch.float32)
     part_lse = q.new_empty(pieces + rows, G, dtype=torch.float32)
-    explicit = want.weights or want.mass or want.logits
+    explicit = any(want)
     logit = q.new_empty(rows, limit, G, dtype=torch.float32) if explicit else part
     pdl, how = dependent(q)
     RP = triton.next_power_of_2(rows)
@@ -364,11 +378,10 @@ def launch(
     )  # fmt: skip
     if not explicit:
         return out, lse, part_lse
-    weights = q.new_empty((rows, limit) if want.mass else (rows, G, limit), dtype=torch.float32)
+    weights = q.new_empty((rows, limit) if want.keys else (rows, G, limit), dtype=torch.float32)
     _weigh[(triton.cdiv(limit, 512), rows)](
         logit, lse, length, weights, limit, limit, limit, G=G, GP=triton.next_power_of_2(G), BN=512, SUM=want.mass,
-        LISTED=slots is not None,
-        PDL=pdl, num_warps=4, **how,
+        LOW=want.low, LISTED=slots is not None, PDL=pdl, num_warps=4, **how,
     )  # fmt: skip
     return out, lse, weights
 
@@ -417,6 +430,10 @@ def variants() -> list[Variant]:
         }
         constants |= {"HAS_SINKS": sinks, "PDL": True}
         found.append(Variant(f"merge sinks={sinks}", _merge, signature, constants, {"num_warps": 4}))
+    signature = dict.fromkeys(("LOGIT", "LSE", "WEIGHT"), "*fp32") | {"LENGTH": "*i32"}
+    signature |= dict.fromkeys(("logit_stride", "width", "limit"), "i32")
+    constants = {"G": 4, "GP": 4, "BN": 512, "SUM": False, "LOW": True, "LISTED": False, "PDL": True}
+    found.append(Variant("weigh low", _weigh, signature, constants, {"num_warps": 4}))
     return found
 
 

@@ -24,14 +24,24 @@ def problem(heads, kv_heads, length, total, dim, count, per_head, dtype, seed=0)
     return q, k, v, index
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("to", [None, False])
-@pytest.mark.parametrize("sinks", [False, True])
-@pytest.mark.parametrize(
-    ("heads", "kv_heads", "length", "total", "dim", "count", "per_head"),
-    [(6, 2, 70, 70, 16, 3, False), (3, 3, 1, 40, 64, 20, False), (4, 1, 65, 200, 96, 1, True), (9, 3, 130, 131, 16, 70, True)],
-)  # fmt: skip
-def test_edits_equal_the_plain_ones(heads, kv_heads, length, total, dim, count, per_head, sinks, to, dtype):
+SHAPES = [
+    (6, 2, 70, 70, 16, 3, False),
+    (3, 3, 1, 40, 64, 20, False),
+    (4, 1, 65, 200, 96, 1, True),
+    (9, 3, 130, 131, 16, 70, True),
+]
+# sinks, `to`, dtype: each of the eight combinations once, each shape with one of them and its opposite.
+WAYS = [
+    ((False, None, torch.float32), (True, False, torch.bfloat16)),
+    ((False, False, torch.bfloat16), (True, None, torch.float32)),
+    ((True, None, torch.bfloat16), (False, False, torch.float32)),
+    ((True, False, torch.float32), (False, None, torch.bfloat16)),
+]
+
+
+@pytest.mark.parametrize(("shape", "way"), [(s, w) for s, ways in zip(SHAPES, WAYS, strict=True) for w in ways])
+def test_edits_equal_the_plain_ones(shape, way):
+    (heads, kv_heads, length, total, dim, count, per_head), (sinks, to, dtype) = shape, way
     q, k, v, index = problem(heads, kv_heads, length, total, dim, count, per_head, dtype)
     sinks = torch.randn(heads) if sinks else None
     gain = torch.rand(2, heads, length, generator=torch.Generator().manual_seed(1)) * 3

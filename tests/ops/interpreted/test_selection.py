@@ -36,8 +36,8 @@ def test_page_bound(group, dtype):
         hi = lo + rand(3, pages, 1, dim, dtype=dtype)[:, 0].abs()
         count = torch.tensor([pages, max(1, pages // 2), 0], dtype=torch.int32)
         for how in ("max", "sum", "mean", None):
-            for rest in ((None, 0, 0), (count, 1, 2)):
-                options = dict(zip(("count", "keep_first", "keep_last"), rest, strict=True))
+            for rest in ((None, 1, 0, 0), (count, 1, 1, 2), (count * 5 - (count > 0).int(), 5, 0, 1)):
+                options = dict(zip(("count", "size", "keep_first", "keep_last"), rest, strict=True))
                 close(
                     gpu_scores.launch_bound(q, lo, hi, how or "none", *rest),
                     scores.page_bound(q, lo, hi, group=how, **options),
@@ -95,18 +95,32 @@ def rows_of(kind, *shape, seed=0):
 @pytest.mark.parametrize("long", [False, True])
 @pytest.mark.parametrize("kind", ["plain", "ties", "hidden", "wide"])
 def test_top_slots(kind, long, monkeypatch):
-    if long:
+    if long:  # a long row is shared out to many programs, bfloat16 by two digits
         monkeypatch.setattr(gpu_top, "IN_REGISTERS", 0)
-        monkeypatch.setattr(gpu_top, "CHUNK", 64)
-    for n in (1, 150):
-        x = rows_of(kind, 3, n)
-        forced = torch.rand(3, n) < 0.05
-        count = torch.tensor([7, 0, 1000], dtype=torch.int32)
-        for k in (20, 200):
-            for f, c in ((None, None), (forced, count)):
-                assert torch.equal(gpu_top.launch_slots(x, k, f, c), top.top_slots(x, k, f, count=c)), (n, k)
+    cases = [(1, 20, 1, False), (150, 20, 16, True), (150, 200, 1, True), (150, 200, 1, False)]
+    cases += [(700, 300, 2, True)] * long
+    for n, k, unit, some in cases:
+        x = rows_of(kind, 3, n).to(torch.bfloat16 if n == 700 else torch.float32)
+        f = torch.rand(3, n) < 0.05 if some else None
+        c = torch.tensor([7, 0, 1000], dtype=torch.int32) if some else None
+        assert torch.equal(gpu_top.launch_slots(x, k, f, c, unit), top.top_slots(x, k, f, count=c, unit=unit)), (n, k)
     half = rows_of(kind, 4, 90).bfloat16()
     assert torch.equal(gpu_top.launch_slots(half[:, ::2], 9), top.top_slots(half[:, ::2], 9))
+
+
+def test_how_many_are_chosen_of_a_long_row():
+    x = rows_of("hidden", 3, 700)
+    count = torch.tensor([9, 400, 900], dtype=torch.int32)
+    slots, found = gpu_top.launch_long(x, 500, None, count)
+    assert found.tolist() == (slots >= 0).sum(1).tolist() and found[0] == 0 and 0 < found[2] < 500
+
+
+def test_marked_slots():
+    g = torch.Generator().manual_seed(5)
+    for n, k in ((1, 3), (700, 40), (9000, 4000)):
+        mask = (torch.rand(4, 2 * n, generator=g) < 0.3)[:, :n]
+        mask[1], mask[2] = False, True
+        assert torch.equal(gpu_top.launch_marked(mask, k), top.marked_slots(mask, k))
 
 
 @pytest.mark.parametrize("kind", ["plain", "ties", "hidden", "wide"])
@@ -176,12 +190,13 @@ def test_operators_describe_their_results():
     slots = torch.randint(0, 13, (1, 2, 3, 4), dtype=torch.int32)
     checks = ("test_schema", "test_faketensor")
     for op, args in (
-        (gpu_scores.page_bound, (row, pages, pages + 1, "max", None, 1, 1)),
-        (gpu_scores.page_bound, (row, pages, pages + 1, "none", torch.tensor([1, 2, 3]), 0, 0)),
+        (gpu_scores.page_bound, (row, pages, pages + 1, "max", None, 1, 1, 1)),
+        (gpu_scores.page_bound, (row, pages, pages + 1, "none", torch.tensor([1, 2, 3]), 2, 0, 0)),
         (gpu_scores.pool_blocks, (q, 4, "mean")),
         (gpu_scores.window_scores, (q, k, 5, 0.3, None)),
         (gpu_scores.antidiagonal_scores, (q, k, 4, 2, 0.3, True)),
-        (gpu_top.top_slots, (torch.randn(3, 20), 4, None, None)),
+        (gpu_top.top_slots, (torch.randn(3, 20), 4, None, None, 1)),
+        (gpu_top.marked_slots, (torch.rand(3, 20) < 0.5, 4)),
         (gpu_top._top_blocks, (x, None, 0.5, True, 4, 4, 8, 0, 0, True, True)),
         (gpu_tokens.attend_tokens, (q, k, v, slots, None, None, 3, 0.3)),
     ):
@@ -196,7 +211,9 @@ def test_operations_take_the_kernels(monkeypatch):
     queries = torch.rand(1, 4, 10) < 0.6
     where = {"size": 4, "past": 6, "keep_first": 1}
     calls = [
-        lambda: scores.page_bound(row, pages, pages + 1, group=None, count=torch.tensor([5, 3, 1]), keep_last=1),
+        lambda: scores.page_bound(
+            row, pages, pages + 1, group=None, count=torch.tensor([9, 5, 1]), size=2, keep_last=1
+        ),
         lambda: scores.page_bound(row, pages, pages + 1, group="sum", keep_first=1),
         lambda: scores.pooled_scores(q, k, 4, 3, scale=0.3, pool="max"),
         lambda: scores.antidiagonal_scores(q, k, 4, 2, scale=0.3),
@@ -205,7 +222,8 @@ def test_operations_take_the_kernels(monkeypatch):
         lambda: top.top_blocks(x, k=torch.tensor([1, 2, 3], dtype=torch.int32), **where),
         lambda: top.top_blocks(x, mass=0.7, **where),
         lambda: top.top_blocks(x.exp(), mass=0.7, normalize="sum", causal=False, **where),
-        lambda: top.top_slots(x[0, 0], 3, x[0, 0] < -1, count=torch.tensor([1, 2, 3])),
+        lambda: top.top_slots(x[0, 0], 3, x[0, 0] < -1, count=torch.tensor([1, 2, 3]), unit=4),
+        lambda: top.marked_slots(x[0, 0] > 0, 3),
         lambda: tokens.attend_tokens(q, k, v, slots, scale=0.3, size=3, queries=queries, need_lse=True),
         lambda: tokens.attend_tokens(q, k, v, slots, scale=0.3, size=3, sinks=torch.ones(4), need_lse=True),
     ]
