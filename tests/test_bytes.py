@@ -32,7 +32,7 @@ def roles(model, tmp_path_factory):
     return str(roles.save(tmp_path_factory.mktemp("roles") / "roles.json"))
 
 
-@pytest.mark.parametrize("budget", [0.5, 0.25, 0.125])
+@pytest.mark.parametrize("budget", [0.5, 0.125])
 @pytest.mark.parametrize("name", KEEPERS)
 def test_resident_bytes_after_a_prompt(name, budget, model, roles):
     cls = foveal.methods()[name]

@@ -4,6 +4,8 @@ Differences are judged against the noise of the dense model itself, measured in 
 and in a batch.
 """
 
+import functools
+
 import pytest
 import torch
 from models import tiny
@@ -72,6 +74,24 @@ def run(model, method, ids, chunks=(PROMPT,), mask=None, layout=None):
         return torch.stack(out, 1), cache
 
 
+@pytest.fixture(scope="module")
+def example(model, texts, roles):
+    """Logits and key counts of a method's example over some of the texts: run once for all that compare with it."""
+
+    @functools.cache
+    def of(name, *rows):
+        logits, cache = run(model, build(name, "example", roles), texts[list(rows)])
+        return logits, cache.lengths
+
+    return of
+
+
+@pytest.fixture(scope="module")
+def plain(model, texts):
+    """Logits of the model itself."""
+    return dense(model, texts)
+
+
 def positions(mask, n):
     return None if mask is None else (mask.cumsum(-1) - 1).clamp(min=0)[:, -n:]
 
@@ -101,70 +121,67 @@ def close(a, b, noise):
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_full_budget_is_dense(name, model, texts, roles, noise):
+def test_full_budget_is_dense(name, model, texts, roles, noise, plain):
     got, cache = run(model, build(name, "neutral", roles), texts)
-    assert close(got, dense(model, texts), noise)
+    assert close(got, plain, noise)
     assert (cache.lengths == PROMPT + STEPS).all()
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_chunked_is_whole_at_full_budget_or_refused(name, model, texts, roles, noise):
+def test_chunked_is_whole_at_full_budget_or_refused(name, model, texts, roles, noise, plain):
     method = build(name, "neutral", roles)
     if "whole_prompt" in method.needs:
         with pytest.raises(foveal.InputError, match="whole prompt"):
             run(model, method, texts[:1], chunks=(20, 40))
         return
-    assert close(run(model, method, texts[:1], chunks=(20, 40))[0], dense(model, texts[:1]), noise)
+    assert close(run(model, method, texts[:1], chunks=(20, 40))[0], plain[:1], noise)
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_the_example_does_something(name, model, texts, roles, noise):
-    got, _ = run(model, build(name, "example", roles), texts[:1])
-    assert not close(got, dense(model, texts[:1]), 100 * noise)
+def test_the_example_does_something(name, example, noise, plain):
+    assert not close(example(name, 0)[0], plain[:1], 100 * noise)
 
 
 @pytest.mark.parametrize("name", NAMES + COMPOSITIONS)
-def test_batched_is_solo(name, model, texts, roles, noise):
-    method = build(name, "example", roles)
-    batched, together = run(model, method, texts)
-    for b in range(len(texts)):
-        alone, single = run(model, method, texts[b : b + 1])
+def test_batched_is_solo(name, example, noise):
+    batched, together = example(name, 0, 1, 2)
+    for b in range(3):
+        alone, single = example(name, b)
         assert close(batched[b : b + 1], alone, noise)
-        assert (together.lengths[:, b] == single.lengths[:, 0]).all()
+        assert (together[:, b] == single[:, 0]).all()
 
 
 @pytest.mark.parametrize("name", NAMES + COMPOSITIONS)
-def test_padded_is_solo(name, model, texts, roles, noise):
+def test_padded_is_solo(name, model, texts, roles, noise, example):
     method, pads = build(name, "example", roles), (0, 7, 20)
     mask = torch.ones_like(texts)
     for b, n in enumerate(pads):
         mask[b, :n] = 0
     padded, _ = run(model, method, texts, mask=mask)
     for b, n in enumerate(pads):
-        alone, _ = run(model, method, texts[b : b + 1, n:], chunks=(PROMPT - n,))
+        alone = run(model, method, texts[b : b + 1, n:], chunks=(PROMPT - n,))[0] if n else example(name, b)[0]
         assert close(padded[b : b + 1], alone, noise)
 
 
 @pytest.mark.parametrize("name", NAMES + COMPOSITIONS)
 @pytest.mark.parametrize("layout", ["padded", "by length"])
-def test_layouts_agree(name, layout, model, texts, roles, noise, monkeypatch):
-    method = build(name, "example", roles)
-    expected, _ = run(model, method, texts)
+def test_layouts_agree(name, layout, model, texts, roles, noise, example, monkeypatch):
+    method, (expected, _) = build(name, "example", roles), example(name, 0, 1, 2)
     monkeypatch.setattr(store_module, "length_class", (lambda n: 0) if layout == "padded" else (lambda n: n))
     assert close(run(model, method, texts)[0], expected, noise)
 
 
 @pytest.mark.parametrize("name", NAMES + COMPOSITIONS)
-def test_pages_agree(name, model, texts, roles, noise):
-    method = build(name, "example", roles)
-    assert close(run(model, method, texts, layout=PAGES)[0], run(model, method, texts)[0], noise)
+def test_pages_agree(name, model, texts, roles, noise, example):
+    paged, _ = run(model, build(name, "example", roles), texts, layout=PAGES)
+    assert close(paged, example(name, 0, 1, 2)[0], noise)
 
 
 @pytest.mark.parametrize("name", NAMES + COMPOSITIONS)
-def test_a_step_whose_lengths_the_host_cannot_see_agrees(name, model, texts, roles, noise, monkeypatch):
+def test_a_step_whose_lengths_the_host_cannot_see_agrees(name, model, texts, roles, noise, example, monkeypatch):
     """What a captured graph asks of a method: counts and lengths from the device, shapes from capacities."""
     method = build(name, "example", roles)
-    expected = run(model, method, texts)[0]
+    expected, _ = example(name, 0, 1, 2)
     steps = []
 
     def blind(self, **kwargs):
@@ -185,9 +202,9 @@ def test_a_step_whose_lengths_the_host_cannot_see_agrees(name, model, texts, rol
 
 
 @pytest.mark.parametrize("name", NAMES + COMPOSITIONS)
-def test_join_and_leave_is_solo(name, model, texts, roles, noise):
+def test_join_and_leave_is_solo(name, model, texts, roles, noise, example):
     method = build(name, "example", roles)
-    solo = [run(model, method, texts[b : b + 1])[0] for b in range(2)]
+    solo = [example(name, b)[0] for b in range(2)]
     with torch.no_grad(), foveal.attach(model, method):
         caches = [model(texts[b : b + 1, :PROMPT]).past_key_values for b in range(2)]
 

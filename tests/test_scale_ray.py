@@ -22,6 +22,7 @@ from foveal.tune import tune
 from foveal.verify import BytesAtMost, Claim
 from foveal.verify import run as verify_run
 
+pytestmark = pytest.mark.xdist_group("ray")  # clusters on one machine: one at a time
 ROOM = {"object_store_memory": 100 * 2**20}
 
 

@@ -2,6 +2,7 @@
 
 import math
 import random
+import sys
 
 import pytest
 import torch
@@ -111,7 +112,8 @@ def test_ranks_give_what_one_device_gives(tmp_path):
     plan = plan_attention(LENGTHS)
     assert plan.after.bytes > 0
     assert all(plan.tasks)  # the rank without documents works too
-    mp.spawn(on_rank, args=(str(tmp_path),), nprocs=3)
+    how = "fork" if sys.platform == "linux" else "spawn"  # a fork need not import everything again
+    mp.start_processes(on_rank, args=(str(tmp_path),), nprocs=3, start_method=how)
     for rank, lengths in enumerate(LENGTHS):
         q, k, v, aim = tensors(rank)
         leaves = [t.requires_grad_() for t in (q, k, v)]

@@ -1,5 +1,6 @@
 """Generated tasks: sizes, seeds, gold answers, a perfect reader and a blind one, the protocol's counts and places."""
 
+import functools
 import json
 import math
 import random
@@ -24,6 +25,7 @@ LENGTH = {"vt": 3_000, "cwe": 4_000, "arithmetic": 2_000}
 PIECE = {"niah": 1_000, "needle": 1_000, "multi-needle": 1_000, "multi-turn": 1_200}  # the longest sentences
 
 
+@functools.cache
 def made(name, n=3, seed=0, length=None, **options):
     task, tokenizer = get_task(name, **options), characters()
     return task, [

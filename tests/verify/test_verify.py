@@ -211,6 +211,12 @@ def test_the_command_writes_and_tells(command, tmp_path):
     assert "wrote 5 to all" in command("--all", "--out", "all").output
 
 
+def test_a_quick_command_says_how_little_it_asked(command):
+    said = "at most 4 questions (2 of a prompt each) or 16 tokens of 1 text, at 512 tokens. That shows that all works and decides nothing"
+    assert said in " ".join(command("--all", "--quick").output.split())
+    assert said not in " ".join(command("--all").output.split())
+
+
 def test_the_command_wants_names_or_all(command):
     for args in ((), ("h2o", "--all")):
         result = command(*args)
