@@ -45,7 +45,9 @@ def check_shards(config: PreTrainedConfig, count: int, device: torch.device) -> 
             "leave it out, or serve a model of another family, such as Llama, Mistral or Qwen"
         )
     if not is_accelerate_available():
-        raise InputError("accelerate is not installed, which --tensor-parallel needs: pip install accelerate")
+        raise InputError(
+            "accelerate is not installed, which --tensor-parallel needs: run pip install 'foveal[tensor-parallel]'"
+        )
     if device.type == "cuda" and torch.cuda.device_count() < count:
         raise InputError(
             f"--tensor-parallel {count} needs {count} GPUs, and PyTorch sees {torch.cuda.device_count()}: choose a smaller number"

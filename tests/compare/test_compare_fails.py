@@ -87,7 +87,8 @@ def test_stopping_midway_keeps_what_was_measured(after, model, tokenizer, result
     assert len(kept) == 2 * after
     done.save_json(tmp_path / "r.json")
     assert json.loads((tmp_path / "r.json").read_text())["meta"]["interrupted"] is True
-    assert "No method finished" in headline(done.to_dict()) or not kept
+    told = headline(done.to_dict())  # a model of random weights may answer nothing
+    assert not kept or "No method finished" in told or "scores nothing" in told
     render(done.to_dict())
     assert model.config._attn_implementation != "foveal"
 

@@ -235,7 +235,7 @@ def settings(rows: int, head_dim: int, key_block: int, width: int, itemsize: int
     if itemsize == 4:
         return 16, max(32, key_block), 1, warps
     BM = min(128 if head_dim <= 128 else 64, max(16, triton.next_power_of_2(rows)))
-    return BM, max(64, key_block), 3 if head_dim <= 128 else 2, warps
+    return BM, max(64, key_block), 2, warps
 
 
 # ---------------------------------------------------------------------- compiling without a GPU
