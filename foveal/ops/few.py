@@ -9,9 +9,9 @@ from torch import Tensor
 
 from foveal.errors import InputError
 from foveal.ops.dense import wide
-from foveal.ops.pages import MOST_QUERIES, Pages
+from foveal.ops.pages import MOST_QUERIES, Pages, choosing_misfit
 from foveal.ops.ragged import Logit, logits
-from foveal.ops.route import Route, no_kernel, routed
+from foveal.ops.route import Route, routed
 from foveal.ops.top import top_slots
 
 
@@ -61,11 +61,7 @@ def _few_route(q, pages, logit, dims, chosen, k, *, each, count=None) -> Route:
 
 
 def _route(q: Tensor, pages: Pages, dims: Tensor) -> Route:
-    why = no_kernel(q)
-    if why is None and pages.format is not None:
-        why = "the kernel reads no codes"
-    if why is None and (q.dtype not in (torch.float16, torch.bfloat16, torch.float32) or pages.key.dtype != q.dtype):
-        why = f"the kernel wants one dtype of half or single precision, not {q.dtype} and {pages.key.dtype}"
+    why = choosing_misfit(q, pages)
     if why is None and (q.shape[1] > MOST_QUERIES or dims.shape[1] > 128):
         why = f"the kernel takes groups to {MOST_QUERIES} and 128 dimensions, not {q.shape[1]} and {dims.shape[1]}"
     return Route("torch", why) if why else Route("triton", "only these dimensions are read")

@@ -209,6 +209,17 @@ def _route(q: Tensor, pages: Pages, logit: Logit, **_) -> Route:
     return Route("torch", why)
 
 
+def choosing_misfit(q: Tensor, pages: Pages) -> str | None:
+    """Why no kernel can score the keys of pages for a choice; None if one can."""
+    if (why := no_kernel(q)) is not None:
+        return why
+    if pages.format is not None:
+        return "the kernel reads no codes"
+    if q.dtype not in (torch.float16, torch.bfloat16, torch.float32) or pages.key.dtype != q.dtype:
+        return f"the kernel wants one dtype of half or single precision, not {q.dtype} and {pages.key.dtype}"
+    return None
+
+
 def _check(q, pages, logit, extra, hidden, slots, moved, window, want) -> None:
     _, width = code_like(q, pages.format)
     if q.dim() != 3 or q.shape[0] != pages.rows or pages.key.shape[2] != width:

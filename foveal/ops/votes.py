@@ -14,9 +14,9 @@ from torch import Tensor
 
 from foveal.errors import InputError
 from foveal.ops.dense import wide
-from foveal.ops.pages import MOST_QUERIES, Pages, attend_ragged
+from foveal.ops.pages import MOST_QUERIES, Pages, attend_ragged, choosing_misfit
 from foveal.ops.ragged import Logit, attend_padded, logits
-from foveal.ops.route import Route, no_kernel, routed
+from foveal.ops.route import Route, routed
 from foveal.ops.top import top_slots
 
 SHARES = ("sum", "mean", "max")
@@ -87,11 +87,7 @@ def _vote_route(q, pages, logit, k, *, kv_heads, turn=None, **_) -> Route:
 
 
 def _route(q: Tensor, pages: Pages, turn: object) -> Route:
-    why = no_kernel(q)
-    if why is None and pages.format is not None:
-        why = "the kernel reads no codes"
-    if why is None and (q.dtype not in (torch.float16, torch.bfloat16, torch.float32) or pages.key.dtype != q.dtype):
-        why = f"the kernel wants one dtype of half or single precision, not {q.dtype} and {pages.key.dtype}"
+    why = choosing_misfit(q, pages)
     if why is None and (q.shape[1] > MOST_QUERIES or q.shape[2] > 256):
         why = f"the kernel takes groups to {MOST_QUERIES} and head sizes to 256, not {q.shape[1]} and {q.shape[2]}"
     if why is None:

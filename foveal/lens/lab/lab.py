@@ -168,5 +168,35 @@ def logged(step: int, steps: int, points: int = 40) -> bool:
     return step in (0, steps) or step % max(1, steps // points) == 0
 
 
+def descend(
+    title: str,
+    steps: int,
+    by: torch.optim.Optimizer,
+    decay: torch.optim.lr_scheduler.LRScheduler,
+    loss_of: Callable[[], torch.Tensor],
+    tick: Tick,
+    names: Sequence[str] = (),
+    measure: Callable[[], Sequence[float]] = tuple,
+) -> Curves:
+    """Train for `steps` steps: curves `title`.step, .loss and one for each of `names`, which `measure` gives where something is logged.
+
+    loss_of: the loss of the next sample, before each step and once more after the last.
+    """
+    curves: Curves = {f"{title}.{k}": [] for k in ("step", "loss", *names)}
+    for step in range(steps + 1):
+        loss = loss_of()
+        if logged(step, steps):
+            for kept, number in zip(curves.values(), (step, loss.item(), *measure()), strict=True):
+                kept.append(number)
+        if step == steps:
+            break
+        by.zero_grad(set_to_none=True)
+        loss.backward()
+        by.step()
+        decay.step()
+        tick(title, (step + 1) / steps)
+    return curves
+
+
 def _called(device: torch.device) -> str:
     return torch.cuda.get_device_name(device) if device.type == "cuda" else str(device)

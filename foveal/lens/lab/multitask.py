@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from ...method import check_count
-from .lab import FOUND, Curves, Finding, Lab, Tick, arm, at_least, at_most, lab, logged
+from .lab import FOUND, Curves, Finding, Lab, Tick, arm, at_least, at_most, descend, lab
 from .regression import InContextRegression, best_rate, debiased_step
 
 
@@ -154,19 +154,10 @@ class InContextTasks(Lab):
         by = torch.optim.Adam(model.parameters(), lr=self.rate)
         decay = torch.optim.lr_scheduler.LinearLR(by, 1.0, 1e-3, self.steps)
         title = f"{heads} heads"
-        curves: Curves = {f"{title}.{k}": [] for k in ("step", "loss", "purity")}
-        for step in range(self.steps + 1):
+
+        def loss_of() -> Tensor:
             x, y, query, label = self._data(self.batch, device)
-            loss = (model(x, y, query) - label).square().mean()
-            if logged(step, self.steps):
-                purity = float(sharing(model).purity.min())
-                for kept, n in zip(curves.values(), (step, loss.item(), purity), strict=True):
-                    kept.append(n)
-            if step == self.steps:
-                break
-            by.zero_grad(set_to_none=True)
-            loss.backward()
-            by.step()
-            decay.step()
-            tick(title, (step + 1) / self.steps)
-        return model, curves
+            return (model(x, y, query) - label).square().mean()
+
+        purity = lambda: (float(sharing(model).purity.min()),)
+        return model, descend(title, self.steps, by, decay, loss_of, tick, ("purity",), purity)

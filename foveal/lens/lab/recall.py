@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from ...method import check_count
 from ...tasks.mqar import IGNORED, mqar, mqar_accuracy
-from .lab import FOUND, Curves, Finding, Lab, Tick, arm, at_least, at_most, lab, logged
+from .lab import FOUND, Curves, Finding, Lab, Tick, arm, at_least, at_most, descend, lab
 
 
 def softmax(q: Tensor, k: Tensor, gate: Tensor) -> Tensor:
@@ -145,21 +145,12 @@ class Recall(Lab):
         model = Model(self.vocabulary, self.length, self.width, size, kind).to(device)
         by = torch.optim.AdamW(model.parameters(), lr=self.rate, weight_decay=0.1)
         decay = torch.optim.lr_scheduler.LinearLR(by, 1.0, 1e-3, self.steps)
-        title = f"{kind} {size}"
-        curves: Curves = {f"{title}.{k}": [] for k in ("step", "loss")}
-        for step in range(self.steps + 1):
+
+        def loss_of() -> Tensor:
             chosen = torch.randint(self.prompts, (self.batch,)).to(device)
             tokens, at, values = (x[chosen] for x in train)
-            loss = F.cross_entropy(model(tokens, at).flatten(0, 1), values.flatten())
-            if logged(step, self.steps):
-                for kept, n in zip(curves.values(), (step, loss.item()), strict=True):
-                    kept.append(n)
-            if step == self.steps:
-                break
-            by.zero_grad(set_to_none=True)
-            loss.backward()
-            by.step()
-            decay.step()
-            tick(title, (step + 1) / self.steps)
+            return F.cross_entropy(model(tokens, at).flatten(0, 1), values.flatten())
+
+        curves = descend(f"{kind} {size}", self.steps, by, decay, loss_of, tick)
         with torch.no_grad():
             return mqar_accuracy(model(*test[:2]), test[2]), curves

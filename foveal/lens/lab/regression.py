@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from ...method import check_count, check_range
-from .lab import FOUND, Curves, Finding, Lab, Tick, arm, at_least, at_most, lab, logged
+from .lab import FOUND, Curves, Finding, Lab, Tick, arm, at_least, at_most, descend, lab
 
 
 def prompts(
@@ -167,22 +167,16 @@ class InContextRegression(Lab):
         by = torch.optim.Adam(model.parameters(), lr=self.rate)
         decay = torch.optim.lr_scheduler.LinearLR(by, 1.0, 1e-3, self.steps)
         title = f"{heads} heads" if heads > 1 else "1 head"
-        curves: Curves = {f"{title}.{k}": [] for k in ("step", "loss", "off_key_query", "zero_sum")}
-        for step in range(self.steps + 1):
+
+        def loss_of() -> Tensor:
             x, y, query, label = self._data(self.batch, self.examples, device)
-            loss = (model(x, y, query) - label).square().mean()
-            if logged(step, self.steps):
-                at = structure(model)
-                for kept, n in zip(curves.values(), (step, loss.item(), at.key_query, at.zero_sum), strict=True):
-                    kept.append(n)
-            if step == self.steps:
-                break
-            by.zero_grad(set_to_none=True)
-            loss.backward()
-            by.step()
-            decay.step()
-            tick(title, (step + 1) / self.steps)
-        return model, curves
+            return (model(x, y, query) - label).square().mean()
+
+        def measure() -> tuple[float, float]:
+            at = structure(model)
+            return at.key_query, at.zero_sum
+
+        return model, descend(title, self.steps, by, decay, loss_of, tick, ("off_key_query", "zero_sum"), measure)
 
 
 @lab(

@@ -13,7 +13,7 @@ from torch import Tensor
 from ...data import book
 from ...method import check_count, check_range
 from .backcopy import Backcopy, losses
-from .lab import FOUND, Curves, Finding, Lab, Tick, arm, at_least, at_most, lab, logged
+from .lab import FOUND, Curves, Finding, Lab, Tick, arm, at_least, at_most, descend, lab
 from .model import Tiny, optimiser
 
 PAPER = "When Attention Sink Emerges in Language Models: An Empirical View (2024) [18]"
@@ -138,20 +138,11 @@ class SinkEmergence(Lab):
         by = optimiser("adam", model.parameters(), self.rate)
         decay = torch.optim.lr_scheduler.LambdaLR(by, lambda s: min(1.0, (s + 1) / 50))
         probe = windows(50, self.length).to(device)
-        curves: Curves = {f"{title}.{k}": [] for k in ("step", "loss", "sink")}
-        for step in range(self.steps + 1):
+
+        def loss_of() -> Tensor:
             x = windows(self.batch, self.length + 1).to(device)
             logits, _ = model(x[:, :-1])
-            loss = F.cross_entropy(logits.flatten(0, 1), x[:, 1:].flatten())
-            if logged(step, self.steps):
-                numbers = (step, loss.item(), float(rates(model, probe, self.threshold)[0][0]))
-                for kept, number in zip(curves.values(), numbers, strict=True):
-                    kept.append(number)
-            if step == self.steps:
-                break
-            by.zero_grad(set_to_none=True)
-            loss.backward()
-            by.step()
-            decay.step()
-            tick(title, (step + 1) / self.steps)
-        return model, curves
+            return F.cross_entropy(logits.flatten(0, 1), x[:, 1:].flatten())
+
+        sink = lambda: (float(rates(model, probe, self.threshold)[0][0]),)
+        return model, descend(title, self.steps, by, decay, loss_of, tick, ("sink",), sink)
