@@ -1,5 +1,8 @@
 """FrugalPrompt: attributions against sums and loops written out, word and sentence boundaries, and which words are read."""
 
+# The released decomposition (mohsenfayyaz/DecompX, modeling_bert.py) was run on the CPU with the weights of small
+# BERTs: the same parts, logits and, from its norms without biases and MLP, GlobEnc; some of its numbers stand below.
+
 import math
 
 import pytest
@@ -50,6 +53,22 @@ def test_decompx_parts_add_up_to_states_and_logit(family):
     assert parts.shape == (6, 6, 32) and parts.std() > 0.01
 
 
+def test_numbers_of_the_released_code():
+    """What DecompX and its norms give for weights drawn in the order of their names, class 1."""
+    config = transformers.BertConfig(
+        vocab_size=50, hidden_size=16, num_hidden_layers=2, num_attention_heads=4, intermediate_size=24, num_labels=3,
+        max_position_embeddings=32,
+    )  # fmt: skip
+    model, draw = transformers.BertForSequenceClassification(config).eval(), torch.Generator().manual_seed(11)
+    with torch.no_grad():
+        for name, p in sorted(model.named_parameters()):
+            p.copy_(torch.randn(p.shape, generator=draw) * 0.3 + ("LayerNorm.weight" in name))
+    ids = torch.tensor([3, 7, 11, 7, 20])
+    logit, _parts = decompx(model, ids, 1)
+    assert torch.allclose(logit, torch.tensor([0.09193, -0.04311, 0.28254, 0.18634, 0.10416]), atol=2e-5)
+    assert torch.allclose(globenc(model, ids), torch.tensor([0.31887, 0.11922, 0.19266, 0.17718, 0.19207]), atol=2e-5)
+
+
 @pytest.mark.parametrize("family", ENCODERS)
 def test_globenc_is_the_norms_of_what_is_added(family):
     """One layer, token by token: residual and attention through the first norm, then the second."""
@@ -70,7 +89,7 @@ def test_globenc_is_the_norms_of_what_is_added(family):
             for h in range(4):
                 cut = slice(8 * h, 8 * h + 8)
                 z = (own.query(x[0])[cut] * own.key(x)[:, cut]).sum(-1) / math.sqrt(8)
-                value = x[j] @ own.value.weight[cut].T
+                value = own.value(x[j])[cut]
                 added[j] += z.softmax(-1)[j] * (layer.attention.output.dense.weight[:, cut] @ value)
         added[0] += x[0]
         for name, norm in (("ln1", layer.attention.output.LayerNorm), ("ln2", layer.output.LayerNorm)):

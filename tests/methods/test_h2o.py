@@ -1,5 +1,9 @@
 """H2O against a simulation that masks columns of explicit attention weights instead of dropping keys."""
 
+# The authors' cache with real dropping (FMInference/H2O, utils_real_drop/modify_llama.py, H2OKVCache_LayerWise) was
+# run on the CPU with queries and keys of the tiny model with as many KV heads as query heads, heavy + recent = 8 + 8,
+# 6 + 10 and 10 + 2: after the prompt and after each of eight steps the same keys are held.
+
 import math
 
 import pytest
@@ -53,6 +57,16 @@ def test_chunks_of_a_prompt_count_like_the_whole(model, ids):
     whole, chunks = (watch(model, H2O(16), ids, c) for c in ((PROMPT,), (25, 20, 15)))
     assert whole.kept[-1] == chunks.kept[-1]
     assert whole.kept[0] == chunks.kept[2]
+
+
+@pytest.mark.parametrize("budget", [16, 0.3])
+def test_rolling_drops_after_each_chunk(budget, model, ids):
+    chunks = (25, 20, 15)
+    seen = watch(model, H2O(budget, rolling=True), ids, chunks)
+    for b, layer, s in seen.each():
+        visible, kept, _mass = simulate_h2o(s, chunks, budget, 0.5)
+        assert [call[layer][b] for call in seen.kept] == kept
+        assert close(s.out, attend(s, visible))
 
 
 @pytest.mark.parametrize("budget", [16, 0.3])

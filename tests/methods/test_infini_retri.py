@@ -1,5 +1,8 @@
 """InfiniRetri against the rounds played by hand on the stock model's attention weights."""
 
+# The authors' scores (infini-retri 0.0.3, thoughts.py, compute_phrase_scores) were run on the CPU on random weights,
+# phrases of 1, 3, 4 and 8: the same numbers.
+
 import pytest
 import torch
 from models import tiny
@@ -58,7 +61,7 @@ def by_hand(eager, ids, m):
         score = torch.zeros(len(places))
         for j in range(len(places)):
             if m.weighted:
-                a, b = max(0, j - (m.phrase - 1) // 2), j + m.phrase // 2 + 1
+                a, b = max(0, j - m.phrase // 2), j + (m.phrase - 1) // 2 + 1
                 score[j] = (w**2 * x[:, a:b].sum(1)).sum()
             else:
                 score[j] = x[:, j].sum()

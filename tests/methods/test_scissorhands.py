@@ -1,6 +1,7 @@
 """Scissorhands against a simulation on explicit attention weights."""
 
 import math
+from itertools import accumulate, pairwise
 
 import pytest
 import torch
@@ -9,7 +10,7 @@ from reference import attend, causal, close, over_heads, watch, weights
 
 import foveal
 from foveal.method import Method
-from foveal.methods.keep.scissorhands import Scissorhands
+from foveal.methods.keep.scissorhands import Scissorhands, ramped
 from foveal.ops import formats
 from foveal.store import Layout
 
@@ -26,21 +27,26 @@ def ids():
     return torch.randint(1, 120, (2, N), generator=torch.Generator().manual_seed(6))
 
 
-def simulate(s, prompt, m):
-    """(visible [kv_heads, n, n], kept token ids after each call, counters [kv_heads, n]) by masking columns."""
-    n = s.q.shape[1]
+def simulate(s, prompt, m, budget=None):
+    """(visible [kv_heads, n, n], kept token ids after each call, counters [kv_heads, n]) by masking columns; budget: the layer's own."""
+    n, budget = s.q.shape[1], m.budget if budget is None else budget
     visible = causal(n).expand(KV, -1, -1).clone()
     low, gone, kept = torch.zeros(KV, n).double(), torch.zeros(KV, n, dtype=torch.bool), []
-    for last in range(prompt, n + 1):
-        rows = slice(0, prompt) if last == prompt else slice(last - 1, last)
+    ends = [prompt] if isinstance(prompt, int) else list(accumulate(prompt))
+    for first, last in pairwise([0, *ends, *range(ends[-1] + 1, n + 1)]):
+        rows = slice(first, last)
         visible[:, rows] &= ~gone[:, None]
-        looked_at = slice(max(0, prompt - m.window), prompt) if last == prompt else rows
+        looked_at = slice(max(first, last - m.window), last)
+        if last - first >= m.window and last in ends:
+            low[:] = 0
         seen = over_heads(visible, HEADS)
         w = weights(s, seen)[:, looked_at]
         t = seen[:, looked_at].sum(-1, keepdim=True)
         below = (w < (1 - 1e-6) / t) & seen[:, looked_at]
         low += below.sum(1).double().unflatten(0, (KV, -1)).sum(1)
-        size = m.budget if isinstance(m.budget, int) else math.ceil(m.budget * last - 1e-9)
+        size = budget if isinstance(budget, int) else math.ceil(budget * last - 1e-9)
+        if not (m.rolling or last >= ends[-1]):
+            size = last
         for g in range(KV):
             held = [t for t in range(last) if not gone[g, t]]
             if len(held) <= size:
@@ -106,6 +112,35 @@ def test_while_it_fits_it_is_dense(model, ids):
     assert (seen.cache.lengths == N).all()
 
 
+@pytest.mark.parametrize("rolling", [False, True])
+@pytest.mark.parametrize(("window", "chunks"), [(400, (25, 20, 15)), (18, (25, 20, 15)), (14, (30, 16, 4, 10))])
+def test_the_history_of_a_prompt_in_chunks(window, chunks, rolling, model, ids):
+    """It begins in the last chunk with as many queries as the window, and eviction in between sees what it would have seen."""
+    method = Scissorhands(20, window=window, recent=5, rolling=rolling)
+    seen = watch(model, method, ids, chunks)
+    for b, layer, s in seen.each():
+        visible, kept, _low = simulate(s, chunks, method)
+        assert [call[layer][b] for call in seen.kept] == kept
+        assert close(s.out, attend(s, visible))
+
+
+@pytest.mark.parametrize(("budget", "each"), [(20, (12, 28)), (0.4, (0.24, 0.56))])
+def test_later_layers_may_hold_more(budget, each, model, ids):
+    """A layer compresses when it is full, whatever the others do."""
+    method = Scissorhands(budget, recent=5, drop=0.25, ramp=0.4)
+    seen = watch(model, method, ids, (PROMPT,))
+    for b, layer, s in seen.each():
+        visible, kept, _low = simulate(s, PROMPT, method, each[layer])
+        assert [call[layer][b] for call in seen.kept] == kept
+        assert close(s.out, attend(s, visible))
+
+
+def test_a_ramp_keeps_the_mean():
+    assert ramped(1000, 0.5, 5) == (500, 750, 1000, 1250, 1500)
+    assert sum(ramped(101, 0.3, 7)) == 707 and ramped(0.2, 0.0, 3) == (0.2, 0.2, 0.2) and ramped(1, 0.0, 1) == (1,)
+    assert sum(ramped(0.2, 0.7, 9)) == pytest.approx(1.8)
+
+
 def test_nothing_leaves_before_the_prompt_is_read(model, ids):
     method = Scissorhands(20, recent=5)
     seen = watch(model, method, ids, (25, 35))
@@ -116,7 +151,14 @@ def test_nothing_leaves_before_the_prompt_is_read(model, ids):
 
 @pytest.mark.parametrize(
     ("wrong", "message"),
-    [({"drop": 1}, "drop = 1 "), ({"window": 0}, "window = 0: .*at least 1"), ({"recent": 0}, "recent = 0")],
+    [
+        ({"drop": 1}, "drop = 1 "),
+        ({"rolling": 1}, "rolling = 1: expected True"),
+        ({"ramp": 1}, "ramp = 1: expected a number from 0 to 0.99"),
+        ({"budget": 0.8, "ramp": 0.5}, "more than everything in the last layer"),
+        ({"window": 0}, "window = 0: .*at least 1"),
+        ({"recent": 0}, "recent = 0"),
+    ],
 )
 def test_bad_values(wrong, message):
     with pytest.raises(foveal.InputError, match=message):

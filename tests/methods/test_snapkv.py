@@ -1,5 +1,10 @@
 """SnapKV against explicit attention weights: who stays, when, and that dropping equals masking."""
 
+# The authors' cluster (FasterDecoding/SnapKV, snapkv_utils.py) was run on the CPU with queries and keys of the tiny
+# model with as many KV heads as query heads, and the one in FFY0/AdaKV (gqa_func "mean") with those of this one: both
+# poolings, two budgets, all layers. The same keys stay, but for which of several equal scores, where max pooling
+# makes them, is cut off.
+
 import math
 
 import pytest

@@ -1,5 +1,9 @@
 """StreamingLLM against masks written out, and its positions inside the cache against keys rotated to their slots."""
 
+# The authors' cache (mit-han-lab/streaming-llm, kv_cache.py, StartRecentKVCache of 4 + 20) was run on the CPU beside
+# both position policies, token by token: the same tokens are held after each. There a query sees the 24 that are held
+# and itself, which here is a budget of 25.
+
 import math
 
 import pytest

@@ -79,7 +79,8 @@ class AdaKV(PromptKeeper):
 @lru_cache(maxsize=64)
 def _scorer(text: str) -> PromptKeeper:
     """The scoring method written as `text`."""
-    known = [n for n, c in methods().items() if issubclass(c, PromptKeeper) and c.score is not PromptKeeper.score]
+    keepers = {n: c.score for n, c in methods().items() if issubclass(c, PromptKeeper)}
+    known = [n for n, score in keepers.items() if callable(score) and score is not PromptKeeper.score]
     inner = get_method(text) if isinstance(text, str) else text
     if not isinstance(inner, Method) or inner.name not in known:
         raise InputError(

@@ -116,8 +116,8 @@ class Layer:
         self.value = own.value
         q, k = (f(x).unflatten(-1, (heads, -1)).transpose(0, 1) for f in (own.query, own.key))
         self.weights = (q @ k.mT * q.shape[-1] ** -0.5).softmax(-1)
-        v = self.value(x).unflatten(-1, (heads, -1)).transpose(0, 1)
-        self.summed = self.out((self.weights @ v).transpose(0, 1).flatten(1)) + x
+        self.v = self.value(x).unflatten(-1, (heads, -1)).transpose(0, 1)
+        self.summed = self.out((self.weights @ self.v).transpose(0, 1).flatten(1)) + x
         self.between = self.norm1(self.summed)
         self.hidden = self.up(self.between)
         self.after = self.down(self.act(self.hidden)) + self.between
@@ -155,8 +155,7 @@ def globenc(encoder, ids: Tensor) -> Tensor:
     total = torch.eye(len(ids), device=ids.device)
     for module in layers:
         layer = Layer(module, heads, x)
-        v = torch.nn.functional.linear(x, layer.value.weight).unflatten(-1, (heads, -1)).transpose(0, 1)
-        parts = _scaled(_added(layer.weights, v, layer.out.weight) + _itself(x), layer.summed, layer.norm1)
+        parts = _scaled(_added(layer.weights, layer.v, layer.out.weight) + _itself(x), layer.summed, layer.norm1)
         total = _normed(_scaled(parts, layer.after, layer.norm2)) @ total
         x = layer.y
     return total[0]
@@ -183,16 +182,24 @@ def _bent(parts: Tensor, before: Tensor, after: Tensor) -> Tensor:
 
 @torch.no_grad()
 def decompx(encoder, ids: Tensor, label: int = 0) -> tuple[Tensor, Tensor]:
-    """What each token of ids [n] contributes to the logit of a class, [n], and to the last hidden states, [n, n, size]: both are sums."""
+    """What each token of ids [n] contributes to the logit of a class, [n], and to the last hidden states, [n, n, size]: both are sums.
+
+    Biases are shared out where the released code does so: those of values and of the projection after attention together, once the residual
+    has been added; in the first layer, where tokens are not yet mixed, a token's value brings its own.
+    """
     layers, heads = _layers(encoder)
     x = encoder.base_model(input_ids=ids[None], output_hidden_states=True).hidden_states[0][0]
     parts = _itself(x)
-    for module in layers:
+    for n, module in enumerate(layers):
         layer = Layer(module, heads, x)
-        values = _linear(parts, layer.value).unflatten(-1, (heads, -1))
-        mixed = torch.einsum("hij,jkhd->ikhd", layer.weights, values).flatten(2)
-        parts = _scaled(_linear(mixed, layer.out) + parts, layer.summed, layer.norm1)
-        parts = with_bias(parts, layer.norm1.bias)
+        values, bias = parts @ layer.value.weight.mT, layer.out.bias
+        if n == 0:
+            values = _itself(layer.value(x))
+        elif layer.value.bias is not None:
+            bias = bias + layer.out.weight @ layer.value.bias
+        mixed = torch.einsum("hij,jkhd->ikhd", layer.weights, values.unflatten(-1, (heads, -1))).flatten(2)
+        parts = with_bias(mixed @ layer.out.weight.mT + parts, bias)
+        parts = with_bias(_scaled(parts, layer.summed, layer.norm1), layer.norm1.bias)
         inner = _bent(_linear(parts, layer.up), layer.hidden, layer.act(layer.hidden))
         parts = with_bias(_scaled(_linear(inner, layer.down) + parts, layer.after, layer.norm2), layer.norm2.bias)
         x = layer.y

@@ -6,7 +6,6 @@ import json
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from importlib.resources import files
 from pathlib import Path
 from typing import NamedTuple
 
@@ -18,7 +17,8 @@ from torch import Tensor, nn
 
 from ...edits import Plane
 from ...errors import InputError
-from ...hub import cache_dir, model_identity
+from ...hub import model_identity
+from ...known import known_file, own_file
 from ...method import Method, check_count, method
 from ...verify import Claim
 from .words import tokenizer_of
@@ -93,23 +93,24 @@ class Processor(nn.Module):
 
 def processor_path(model) -> Path:
     """Where a user's own processor for this model is kept."""
-    return cache_dir() / "bottlenecked" / f"{model_identity(model)['weights']}.safetensors"
+    return own_file(model, "bottlenecked", ".safetensors")
 
 
 def processor_for(model) -> Processor:
     """The processor that ships for this model, else the user's own."""
+    path = known_file(model, "bottlenecked", ".safetensors", _made_for)
+    if path is not None:
+        return Processor.load(path, model)
     identity = model_identity(model)
-    shipped = files("foveal.data").joinpath("bottlenecked")
-    paths = [Path(str(f)) for f in shipped.iterdir() if f.name.endswith(".safetensors")] if shipped.is_dir() else []
-    for path in [*paths, processor_path(model)]:
-        if path.is_file():
-            with safe_open(path, "pt") as file:
-                if json.loads(file.metadata()["foveal"])["identity"]["weights"] == identity["weights"]:
-                    return Processor.load(path, model)
     name = identity["name"] or identity["architecture"]
     raise InputError(
         f"no processor is known for {name}: train one with `python -m foveal.methods.keep.bottlenecked_train --model {name}`"
     )
+
+
+def _made_for(path: Path) -> dict:
+    with safe_open(path, "pt") as file:
+        return json.loads(file.metadata()["foveal"])["identity"]
 
 
 class Setup(NamedTuple):

@@ -10,22 +10,21 @@ as it is, so part of a gain may be the format of the data.
 
 from __future__ import annotations
 
-import argparse
 import random
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 from transformers import DynamicCache
 
-from ...attach import ModelInfo, attach
+from ...attach import attach
+from ...command import Command, run
 from ...errors import InputError, UnsupportedModel
-from ...hub import load
 from ...method import check_count, check_range
+from ...model_info import ModelInfo
 from ...stats import paired_bootstrap
 from ...tasks.task import encode
 from .bottlenecked import Bottlenecked, Processor, Setup, close, processor_path, put, tokens_at
@@ -205,26 +204,17 @@ def evaluate(model, learner: Learner, draw: Callable, recipe: Recipe) -> dict[st
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(
-        prog="python -m foveal.methods.keep.bottlenecked_train", description=__doc__.split("\n")[0]
-    )
-    parser.add_argument("--model", help="Hugging Face id or local folder; default: the default model")
-    parser.add_argument("--out", type=Path, help="file to write; default: the cache folder")
-    parser.add_argument("--device")
-    parser.add_argument("--dtype", help="default: float32 on a CPU, bfloat16 elsewhere")
-    usual = Recipe()
-    for name in ("samples", "held_out", "recent", "earlier", "width", "inner", "heads", "seed"):
-        parser.add_argument(f"--{name.replace('_', '-')}", type=int, default=getattr(usual, name))
-    parser.add_argument("--rate", type=float, default=usual.rate)
-    chosen = vars(parser.parse_args(arguments))
-    where = {name: chosen.pop(name) for name in ("model", "out", "device", "dtype")}
-    recipe = Recipe(**chosen)
-    model, tokenizer = load(where["model"], device=where["device"], dtype=where["dtype"])
+    command = Command(__spec__.name, __doc__)
+    names = ("samples", "held_out", "recent", "earlier", "width", "inner", "heads", "seed", "rate")
+    command.add_settings(Recipe(), *names)
+    place, chosen = command.read(arguments)
+    recipe = Recipe(**vars(chosen))
+    model, tokenizer = place.load()
     network, found = train(model, tokenizer, recipe, lambda line: print(line, flush=True))
     print({name: x if isinstance(x, list) else round(x, 4) for name, x in found.items()})
     source = {"recipe": vars(recipe), "held out": found, "dtype": str(model.dtype).removeprefix("torch.")}
-    print("wrote", network.save(where["out"] or processor_path(model), model, source))
+    print("wrote", network.save(place.out or processor_path(model), model, source))
 
 
 if __name__ == "__main__":
-    main()
+    run(main)

@@ -8,12 +8,13 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
-from ...attach import ModelInfo, Session, attach
+from ...attach import Session, attach
 from ...errors import InputError, UnsupportedModel
 from ...head_scores import RIGHT, Password, answer_span
 from ...heads import HeadRoles
 from ...hub import model_identity
 from ...method import Method
+from ...model_info import ModelInfo
 from ...tasks import get_task
 from ...tasks.task import Sample, encode
 from .profiles import command, greedy

@@ -9,21 +9,21 @@ answers stand. Weights are frozen.
 
 from __future__ import annotations
 
-import argparse
 import random
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from ...attach import ModelInfo, attach
+from ...attach import attach
+from ...command import Command, run
 from ...data import book
 from ...errors import InputError
 from ...heads import HeadRoles
-from ...hub import load, model_identity
+from ...hub import model_identity
 from ...method import Method, check_count, check_range
+from ...model_info import ModelInfo
 from ...selection import Band, Selection
 from ...tasks.task import encode
 from .profiles import profile_path
@@ -217,22 +217,15 @@ def _roles(model, info: ModelInfo, recipe: Recipe, gates: Tensor, last: float) -
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(prog="python -m foveal.methods.keep.duo_train", description=__doc__.split("\n")[0])
-    parser.add_argument("--model", help="Hugging Face id or local folder; default: the default model")
-    parser.add_argument("--out", type=Path, help="file to write; default: the cache folder")
-    parser.add_argument("--device")
-    parser.add_argument("--dtype", help="default: float32 on a CPU, bfloat16 elsewhere")
-    usual = Recipe()
-    for name in ("steps", "passkeys", "words", "sink", "recent", "seed"):
-        parser.add_argument(f"--{name}", type=int, default=getattr(usual, name))
-    parser.add_argument("--lengths", type=int, nargs=2, default=usual.lengths, metavar=("SHORTEST", "LONGEST"))
-    chosen = vars(parser.parse_args(arguments))
-    where = {name: chosen.pop(name) for name in ("model", "out", "device", "dtype")}
-    recipe = Recipe(**{**chosen, "lengths": tuple(chosen["lengths"])})
-    model, tokenizer = load(where["model"], device=where["device"], dtype=where["dtype"])
+    command, usual = Command(__spec__.name, __doc__), Recipe()
+    command.add_settings(usual, "steps", "passkeys", "words", "sink", "recent", "seed")
+    command.add_argument("--lengths", type=int, nargs=2, default=usual.lengths, metavar=("SHORTEST", "LONGEST"))
+    place, chosen = command.read(arguments)
+    recipe = Recipe(**{**vars(chosen), "lengths": tuple(chosen.lengths)})
+    model, tokenizer = place.load()
     gates = train(model, tokenizer, recipe, lambda line: print(line, flush=True))
-    print("wrote", gates.save(where["out"] or profile_path(model, "duo")))
+    print("wrote", gates.save(place.out or profile_path(model, "duo")))
 
 
 if __name__ == "__main__":
-    main()
+    run(main)

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from ...edits import Keep, Leave, Plane
 from ...method import Budget, Method, check_budget, check_range, method
 from ...verify import Beats, Claim, StaysNear
+from .scoring import check_rolling
 
 
 @method(
@@ -25,11 +26,13 @@ class H2O(Method):
     """Accumulate attention received per key; hold `budget` keys a KV head, the share `recent` of them for the newest.
 
     Defaults are the paper's 10 % heavy + 10 % recent. Mass is summed over the query heads of a KV head (the original has one each). A
-    dropped key's sum leaves with it. Original positions; sinks need no protection, they collect the largest sums.
+    dropped key's sum leaves with it. Original positions; sinks need no protection, they collect the largest sums. rolling: drop after every
+    piece of a prompt that is read in chunks, so that no more than the budget and a piece is ever held; else nothing leaves before its end.
     """
 
     budget: Budget = 0.2
     recent: float = 0.5
+    rolling: bool = False
 
     needs = frozenset({"col_mass"})
     columns = True
@@ -39,10 +42,11 @@ class H2O(Method):
     def __post_init__(self) -> None:
         check_budget(self.budget)
         check_range("recent", self.recent, 0, 1)
+        check_rolling(self.rolling)
 
     def keep(self, step) -> Keep | Leave | None:
         step.tally("h2o", "col_mass")
-        if not step.prompt_done:
+        if not (step.prompt_done or self.rolling):
             return None
         size = step.budget(self.budget)
         if isinstance(size, int) and size >= step.T:

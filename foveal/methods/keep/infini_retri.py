@@ -126,7 +126,7 @@ class InfiniRetri(Method):
         """What each token of the text is worth: looked [rows, tokens], weight [rows]."""
         if not self.weighted:
             return looked.sum(0)
-        left, right = (self.phrase - 1) // 2, self.phrase // 2
+        left, right = self.phrase // 2, (self.phrase - 1) // 2  # of an even number, one more before the token
         padded = torch.nn.functional.pad(looked, (left, right))
         phrases = padded.unfold(1, self.phrase, 1).sum(-1)
         return (weight.square()[:, None] * phrases).sum(0)

@@ -8,10 +8,11 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from ...attach import ModelInfo, attach
+from ...attach import attach
 from ...heads import HeadRoles
 from ...hub import model_identity
 from ...method import Method
+from ...model_info import ModelInfo
 from ...tasks import get_task
 from .moa_search import hidden_name
 from .profiles import command, greedy

@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Callable, Iterator
-from importlib.resources import files
 from pathlib import Path
 
 import torch
 
 from ...attach import Session
 from ...errors import InputError
-from ...heads import HeadRoles
-from ...hub import cache_dir, load, model_identity
+from ...heads import HeadRoles, known_roles
+from ...hub import load, model_identity
+from ...known import own_file
 
 
 def profile_for(model, kind: str, path: str | Path | None = None, made_by: str = "profile") -> HeadRoles:
@@ -22,18 +22,11 @@ def profile_for(model, kind: str, path: str | Path | None = None, made_by: str =
 
     Raises InputError where `path` is of another model, or where nothing was measured yet.
     """
+    if path is None:
+        path = known_roles(model, kind)
     if path is not None:
         return HeadRoles.load(path).for_model(model)
     identity = model_identity(model)
-    shipped_here = files("foveal.data").joinpath(kind)
-    for file in shipped_here.iterdir() if shipped_here.is_dir() else ():
-        if file.name.endswith(".json"):
-            shipped = HeadRoles.load(str(file))
-            if shipped.identity["weights"] == identity["weights"]:
-                return shipped.for_model(model)
-    own = profile_path(model, kind)
-    if own.is_file():
-        return HeadRoles.load(own).for_model(model)
     name = identity["name"] or identity["architecture"]
     raise InputError(
         f"no {kind} profile is known for {name}: make it once with `python -m foveal.methods.keep.{kind}_{made_by} --model {name}`"
@@ -42,7 +35,7 @@ def profile_for(model, kind: str, path: str | Path | None = None, made_by: str =
 
 def profile_path(model, kind: str) -> Path:
     """Where the profiles a user has measured are kept."""
-    return cache_dir() / kind / f"{model_identity(model)['weights']}.json"
+    return own_file(model, kind, ".json")
 
 
 def greedy(session: Session, tokenizer, prompt: list[int], most: int) -> Iterator[int]:

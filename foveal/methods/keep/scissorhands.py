@@ -1,6 +1,7 @@
 """Scissorhands: tokens that were important stay important; when the cache is full, drop those most often unimportant."""
 
 from dataclasses import dataclass
+from functools import lru_cache
 
 import torch
 
@@ -8,6 +9,7 @@ from ...edits import Keep, Plane
 from ...errors import InputError
 from ...method import Budget, Method, check_budget, check_count, check_range, method, tokens_of
 from ...verify import BytesAtMost, Claim, StaysNear
+from .scoring import check_rolling, exact
 
 
 @method(
@@ -31,11 +33,16 @@ class Scissorhands(Method):
     """Count for each key how often its weight was below uniform (1 / visible keys); when more than `budget` keys are held, drop those
     with the highest counts: `drop` of the budget at once, or more where a prompt needs it. The newest `recent` always stay.
 
-    The history is the last `window` queries of a prompt and every query since, kept as running counters (the card's cheap variant);
-    counts are summed over the query heads of a KV head. Between compressions the cache moves between budget - drop and budget; which step
-    compresses is known from the lengths alone, so all others run in a captured graph (with `drop` = 0 none does).
+    The history is the last `window` queries of a prompt and every query since, kept as running counters; of a prompt in chunks, those of
+    the last chunk that has so many, and what came after. Counts are summed over the query heads of a KV head. Between compressions the
+    cache moves between budget - drop and budget; which step compresses is known from the lengths alone, so all others run in a captured
+    graph (with `drop` = 0 none does).
 
     bits: 4 or 8 stores what is kept as codes of so many bits (the paper's 20x is 5x with 4 bits); scales, counters and token ids are extra.
+    ramp: by what share of `budget` the last layer holds more and the first less, in a straight line between them (the paper gives later
+    layers more, where importance persists less, by shares it reads off a plot); 0: all the same.
+    rolling: compress after every piece of a prompt that is read in chunks, so that no more than the budget and a piece is ever held; else
+    nothing leaves before its end.
     """
 
     budget: Budget = 0.2
@@ -43,6 +50,8 @@ class Scissorhands(Method):
     recent: int = 10
     drop: float = 0.5
     bits: int | None = None
+    ramp: float = 0.0
+    rolling: bool = False
 
     columns = True
     planes = {"low": Plane(0.0)}
@@ -55,6 +64,12 @@ class Scissorhands(Method):
         check_range("drop", self.drop, 0, 1)
         if self.drop == 1:
             raise InputError("drop = 1 would empty the cache: expected a share of the budget below 1")
+        check_range("ramp", self.ramp, 0, 0.99)
+        if isinstance(self.budget, float) and self.budget * (1 + self.ramp) > 1:
+            raise InputError(
+                f"budget = {self.budget} with ramp = {self.ramp} is more than everything in the last layer: give less of either"
+            )
+        check_rolling(self.rolling)
         if self.bits not in (None, 4, 8):
             raise InputError(
                 f"bits = {self.bits!r}: expected 4 or 8, or None for keys and values as the model makes them"
@@ -73,23 +88,28 @@ class Scissorhands(Method):
 
         Such a step is like no other, so that no graph is recorded of it.
         """
-        full = pass_.decode and any(self._full(pass_, rows) for rows in pass_.store.rows)
+        budgets = ramped(self.budget, self.ramp, len(pass_.store.rows))
+        full = pass_.decode and any(self._full(pass_, *x) for x in zip(pass_.store.rows, budgets, strict=True))
         pass_.state["scissorhands.full"] = full
         return tuple(pass_.counts) if full else None
 
-    def _full(self, pass_, rows) -> bool:
+    @staticmethod
+    def _full(pass_, rows, budget: Budget) -> bool:
         """Rows of one layer, before the step's own keys. A length no row exceeds will do, where it is below every budget."""
-        sizes = [tokens_of(self.budget, n + pass_.length) for n in pass_.counts]
+        sizes = [tokens_of(budget, n + pass_.length) for n in pass_.counts]
         if rows.T + pass_.length <= min(sizes):
             return False
         held = (pair for c in rows.classes for pair in zip(c.numbers(), c.lengths(), strict=True))
         return any(n + pass_.length > sizes[row // rows.heads] for row, n in held)
 
     def keep(self, step) -> Keep | None:
+        if not step.decode and self.window <= step.L:  # older queries are out of the window
+            step.store.set("low", torch.zeros_like(step.store.plane("low")))
         step.tally("low", "col_low")  # whole numbers: ties stay ties
-        if not step.prompt_done or (step.decode and not step.state["scissorhands.full"]):
+        if not (step.prompt_done or self.rolling) or (step.decode and not step.state["scissorhands.full"]):
             return None
-        size = step.budget(self.budget)
+        layers = step.model.layers
+        size = step.budget(ramped(self.budget, self.ramp, len(layers))[layers.index(step.layer)])
         held = step.store.uniform
         if held is not None and isinstance(size, int):
             return self._compress(step, min(size, held - max(1, int(self.drop * size)))) if held > size else None
@@ -112,3 +132,12 @@ class Scissorhands(Method):
         left = torch.minimum(amount, held - (self.drop * amount).long().clamp(min=1)).clamp(min=self.recent)
         rank = self._score(step).masked_fill(~step.store.valid, -float("inf")).argsort(-1, descending=True).argsort(-1)
         return Keep(mask=(rank < torch.where(over, left, held)[..., None]) & step.store.valid)
+
+
+@lru_cache(maxsize=64, typed=True)
+def ramped(budget: Budget, ramp: float, layers: int) -> tuple[Budget, ...]:
+    """The budget of each layer, rising evenly from `budget` times 1 - ramp to 1 + ramp; numbers of tokens add up to `budget` a layer."""
+    if ramp == 0 or layers == 1:
+        return (budget,) * layers
+    each = [budget * (1 + ramp * (2 * i / (layers - 1) - 1)) for i in range(layers)]
+    return tuple(each) if isinstance(budget, float) else tuple(exact(each, budget * layers, 1, [2 * budget] * layers))
