@@ -27,7 +27,7 @@ from foveal.distributed import Task, attend_planned, context_parallel, plan_atte
 from foveal.patterns.blocks import attend_grid
 from foveal.patterns.draft import draft_attention, draft_map, draft_scores, patch_blocks
 from foveal.patterns.flash_bias import alibi, alibi_slopes, biased_attention
-from foveal.patterns.grat import criss_cross, grat_attention, group_blocks
+from foveal.patterns.grat import criss_cross, grat_attention, group_blocks, surrounding
 from foveal.patterns.neighborhood import TILES, Neighborhood, neighborhood_attention, simulate
 from foveal.patterns.rectified import critical_blocks, hilbert_blocks, implicit_attention, rectified_attention
 
@@ -120,9 +120,14 @@ def grids(device: str, small: bool) -> Iterator[dict]:
     image, video = ((64, 64), (3, 16, 32)) if small else ((512, 512), (33, 48, 80))
     heads = 2 if small else 24
     q, k, v = draw(heads, image[0] * image[1], 128, device)
-    density = criss_cross(group_blocks(image)).float().mean().item()
-    calls = {"grat, criss-cross": lambda: grat_attention(q, k, v, image)[0], "dense": lambda: fused(q, k, v)}
-    yield {"grid": image, "density": density, **timed(calls, device, rounds=3)}
+    groups = group_blocks(image)
+    cross, around = (m.float().mean().item() for m in (criss_cross(groups), surrounding(groups)))
+    calls = {
+        "grat, criss-cross": lambda: grat_attention(q, k, v, image)[0],
+        "grat, surrounding": lambda: grat_attention(q, k, v, image, region="around")[0],
+        "dense": lambda: fused(q, k, v),
+    }
+    yield {"grid": image, "density": cross, "density, grat, surrounding": around, **timed(calls, device, rounds=3)}
 
     q, k, v = draw(heads, video[0] * video[1] * video[2], 128, device)
     patches = patch_blocks(video, device=device)

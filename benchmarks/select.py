@@ -25,10 +25,10 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import foveal
-from foveal.excerpt import Excerpt
 from foveal.hub import model_identity
 from foveal.methods.select.boundaries import BoundaryPredictor
 from foveal.methods.select.learned import Learned
+from foveal.methods.select.work import Work, work_of
 from foveal.ops import index_flat, index_two_stage
 from foveal.selection import All
 
@@ -119,26 +119,13 @@ class End(foveal.Method):
 
     clock: Clock
     ended: list = field(default_factory=list)
-    density: list = field(default_factory=list)
+    work: list[Work] = field(default_factory=list)
 
     def mix(self, step, out):
         self.ended.append(self.clock.mark())
-        if not self.density:
-            self.density.append(density(step))
+        if not self.work:
+            self.work.append(work_of(step))
         return out
-
-
-def density(step, rows: int = 24) -> float:
-    """The share of the keys before a query that it reads, mean over heads, from some queries of the prompt."""
-    if isinstance(step.visible, Excerpt):  # a shorter text, of which a part may be read
-        text = step.visible.text
-        text.visible = step.visible.within
-        return density(text, rows) * text.L * (text.L + 1) / (step.L * (step.L + 1))
-    seen = whole = 0.0
-    for i in range(step.L // rows - 1, step.L, max(1, step.L // rows)):
-        seen += step.visible.mask(step, i, i + 1)[..., : i + 1].float().mean().item() * (i + 1)
-        whole += i + 1
-    return seen / whole
 
 
 def drawn(heads: int, kv_heads: int, dim: int, length: int, device: str, dtype) -> tuple[Tensor, Tensor]:
@@ -213,7 +200,9 @@ def selecting(model, clock: Clock, name: str, text: str, ids: Tensor, q: Tensor,
         whole = min(clock.time(lambda: model(ids, logits_to_keep=1)) for _ in range(rounds))
     layers = [clock.seconds(a, b) for a, b in zip(start.began, end.ended, strict=True)]
     setting = {key: x for key, x in foveal.get_method(text).params.items() if key != "predictor"}
-    row = {"tokens": ids.shape[1], "method": name, "setting": setting, "density": end.density[0]}
+    work = end.work[0]
+    row = {"tokens": ids.shape[1], "method": name, "setting": setting, "density": work.density}
+    row |= {"flops": work.flops, "bytes": work.bytes}
     return row | {"attention_ms": statistics.median(layers) * 1e3, "prefill_s": whole}
 
 

@@ -18,17 +18,18 @@ import torch
 
 import foveal
 from foveal.hub import load, model_identity
+from foveal.methods.select.work import work_of
 from foveal.tasks import get_task
 from foveal.verify.experiments import DENSE, Cell
 from foveal.verify.lab import Lab
 
 from .record import save
-from .select import density
 
 TASKS = ("needle", "niah_multikey_1", "vt", "perplexity")
 ARMS = (
     DENSE,
     "pooled-blocks(budget=0.25)",
+    "pooled-blocks(budget=0.25) | rectified",
     "minference(budget=0.25)",
     "flex-prefill(least=256, block=64)",
     "xattention(block=64)",
@@ -42,7 +43,7 @@ ARMS = (
     "dhsa(budget=0.25, block=64, first=64, local=64)",
     "dhsa(budget=0.25, block=64, first=64, local=64, boundaries='even')",
     "flux",
-    "flux(decision='sparse')",
+    "flux(decision='sparse', sink=16, recent=112)",  # the window of the default model's routers
 )
 
 
@@ -54,7 +55,7 @@ class Seen(foveal.Method):
 
     def mix(self, step, out):
         if not step.decode:
-            self.found.append(density(step))
+            self.found.append(work_of(step).density)
         return out
 
 

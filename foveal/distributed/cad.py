@@ -163,13 +163,10 @@ def plan_attention(
     (1 + tolerance) of the mean, or one smallest cut above the mean. `shape`: bytes of a token, `Shape()` unless given.
     Raises `InputError` for empty documents and values out of range.
     """
-    if not lengths or not any(lengths) or any(n < 1 for rank in lengths for n in rank):
+    _check_lengths(lengths)
+    if not 0 <= tolerance < 1 or not isinstance(block, int) or block < 1:
         raise InputError(
-            f"expected documents of at least 1 token on some rank, got {[list(r) for r in lengths]}; drop empty ones"
-        )
-    if not 0 <= tolerance < 1 or block < 1:
-        raise InputError(
-            f"expected a tolerance from 0 below 1 and blocks from 1, got {tolerance} and {block}; change them"
+            f"expected a tolerance from 0 below 1 and blocks of whole tokens from 1, got {tolerance} and {block}; change them"
         )
     shape = shape or Shape()
     documents, held = [], [[] for _ in lengths]
@@ -185,6 +182,15 @@ def plan_attention(
         for items in held
     )
     return Plan(tuple(documents), tasks, shape)
+
+
+def _check_lengths(lengths: Sequence[Sequence[int]]) -> None:
+    """Raise `InputError` unless every rank has a list of documents with tokens, and some rank a document."""
+    listed = all(isinstance(some, Sequence) and not isinstance(some, str) for some in lengths)
+    if not listed or not any(lengths) or any(not isinstance(n, int) or n < 1 for some in lengths for n in some):
+        raise InputError(
+            f"expected for each rank a list of documents of at least 1 token, and one on some rank, got {lengths!r:.100}; drop empty ones"
+        )
 
 
 def _level(held: list[list[_Item]], tolerance: float, block: int, shape: Shape) -> None:
@@ -229,8 +235,9 @@ def context_parallel(lengths: Sequence[Sequence[int]], *, zigzag: bool = False, 
     """What plain context parallelism gives for the same documents: all tokens in a row, cut into one equal run for each rank.
 
     `zigzag` cuts every document by itself into head and tail slices for every rank: even, and each rank needs the keys of all.
-    Bytes are the keys and values that ranks fetch from others.
+    Bytes are the keys and values that ranks fetch from others. Raises `InputError` for empty documents.
     """
+    _check_lengths(lengths)
     shape, ranks = shape or Shape(), len(lengths)
     flat = [n for some in lengths for n in some]
     total, work, fetched = sum(flat), [0] * ranks, 0

@@ -111,7 +111,7 @@ def tile_blocks(shape: Sequence[int], tile: Sequence[int], device="cpu") -> Toke
     shape, tile = tuple(shape), tuple(tile)
     if not shape or len(shape) != len(tile) or min(shape, default=0) < 1:
         raise InputError(f"expected one tile length for each axis of the grid, got {tile} for {shape}; match them")
-    if any(not 1 <= t <= n for n, t in zip(shape, tile, strict=True)):
+    if any(not isinstance(t, int) or not 1 <= t <= n for n, t in zip(shape, tile, strict=True)):
         raise InputError(
             f"expected tiles from 1 up to the axes {shape}, got {tile}; take a smaller tile or a larger grid"
         )
@@ -161,10 +161,13 @@ def attend_map(
     check_heads(q, k, v)
     batch, heads, length, width = q.shape
     total, (query_block, key_block) = k.shape[2], size
+    if min(size) < 1:
+        raise InputError(f"expected blocks of at least 1 token, got {size}; give the tokens of a block")
     rows, columns = -(-length // query_block), -(-total // key_block)
-    if block_map.dtype != torch.bool or block_map.shape[-2:] != (rows, columns):
+    check_map(block_map, (batch, heads, rows, columns))
+    if valid is not None and (valid.dtype != torch.bool or valid.shape not in ((total,), (1, total), (batch, total))):
         raise InputError(
-            f"expected a bool map of {[rows, columns]} blocks of {size}, got {block_map.dtype} {list(block_map.shape)}; rebuild it"
+            f"expected valid bool {[batch, total]}, got {valid.dtype} {list(valid.shape)}; give each key one"
         )
     mass = None if valid is None else valid.to(wide(q.dtype)).view(-1, 1, total).expand(batch, k.shape[1], total)
     how = {
@@ -192,12 +195,14 @@ def attend_grid(
 
     `block_map` bool `[batch or 1, heads or 1, blocks, blocks]` (or the last two axes); `text_keys`: how many of the text keys are
     real, a number or `[batch]` (None: all). Tokens are brought into blocks and back. Returns (out, lse) in the order of q.
-    Raises `InputError` for lengths that do not fit and for rows of the map without any key.
+    Raises `InputError` for lengths that do not fit and, where the map lies on the CPU, for rows of it without any key; on a GPU, where
+    looking would wait for the device, these are 0 with lse -inf.
     """
-    check_text(q, k, blocks, text)
+    check_text(q, k, blocks, text, text_keys)
+    check_map(block_map, (*q.shape[:2], blocks.number, blocks.number))
     blocks = blocks.to(q.device)
     grid, seats = blocks.place.numel(), -(-text // blocks.size)
-    if block_map.is_cpu and not text and not bool(block_map.any(-1).all()):
+    if block_map.is_cpu and not bool((block_map.any(-1) | reads_text(text, text_keys, "cpu")).all()):
         raise InputError("expected every block to read one at least, got rows of the map without any; add the diagonal")
     pad = (0, 0, 0, seats * blocks.size - text)
 
@@ -211,9 +216,8 @@ def attend_grid(
         return torch.cat([images, rest[:, :, :text]], 2) if text else images
 
     full = F.pad(block_map.to(q.device).to(torch.uint8), (0, seats, 0, seats), value=1).bool()
-    real = torch.arange(seats * blocks.size, device=q.device) < torch.as_tensor(
-        text if text_keys is None else text_keys, device=q.device
-    ).view(-1, 1).clamp(max=text)
+    count = torch.as_tensor(text if text_keys is None else text_keys, device=q.device)
+    real = torch.arange(seats * blocks.size, device=q.device) < count.view(-1, 1).clamp(max=text)
     valid = torch.cat([blocks.valid.expand(real.shape[0], -1), real], -1)
     whole = grid == blocks.valid.numel() and text_keys is None and pad[-1] == 0
     size = (blocks.size, blocks.size)
@@ -222,7 +226,9 @@ def attend_grid(
 
 
 def check_heads(q: Tensor, k: Tensor, v: Tensor) -> None:
-    """Raise `InputError` unless q, k and v are of one batch, matching heads and one key length."""
+    """Raise `InputError` unless q, k and v are of one dtype, one batch, matching heads and one key length."""
+    if not q.dtype == k.dtype == v.dtype:
+        raise InputError(f"expected q, k, v of one dtype, got {q.dtype}, {k.dtype}, {v.dtype}; convert them")
     if (
         q.dim() != 4
         or k.dim() != 4
@@ -240,8 +246,28 @@ def check_heads(q: Tensor, k: Tensor, v: Tensor) -> None:
         )
 
 
-def check_text(q: Tensor, k: Tensor, blocks: TokenBlocks, text: int) -> None:
-    """Raise `InputError` unless queries and keys are the grid's tokens and then the text's."""
+def check_map(block_map: Tensor, shape: tuple[int, int, int, int]) -> None:
+    """Raise `InputError` unless a map is bool and can be that of (batch, heads, query blocks, key blocks)."""
+    found, fits = block_map.shape, block_map.dtype == torch.bool and 2 <= block_map.dim() <= 4
+    lead = zip(found[:-2][::-1], shape[:2][::-1], strict=False)
+    if not fits or found[-2:] != shape[2:] or any(a not in (1, b) for a, b in lead):
+        raise InputError(f"expected a bool map of {[*shape]} blocks, got {block_map.dtype} {[*found]}; rebuild it")
+
+
+def reads_text(text: int, text_keys: int | Tensor | None, device) -> Tensor:
+    """Whether there is any real text, which all blocks read: bool `[batch or 1, 1, 1]`."""
+    return (torch.as_tensor(text if text_keys is None else text_keys, device=device) > 0).view(-1, 1, 1) & (text > 0)
+
+
+def check_text(q: Tensor, k: Tensor, blocks: TokenBlocks, text: int, text_keys: int | Tensor | None = None) -> None:
+    """Raise `InputError` unless queries and keys are the grid's tokens and then the text's, of which `text_keys` are real."""
+    if isinstance(text_keys, Tensor):
+        if text_keys.shape not in ((), (1,), (q.shape[0],)) or text_keys.is_floating_point():
+            raise InputError(
+                f"expected text_keys to be a number or [{q.shape[0]}], got {text_keys.dtype} {[*text_keys.shape]}; count for each sequence"
+            )
+    elif text_keys is not None and not 0 <= text_keys <= text:
+        raise InputError(f"expected from 0 to {text} real text keys, got {text_keys}; count those of this prompt")
     grid = blocks.place.numel()
     if text < 0 or q.shape[2] != grid + text or k.shape[2] != grid + text:
         raise InputError(

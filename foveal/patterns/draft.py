@@ -49,7 +49,8 @@ def draft_map(scores: Tensor, *, sparsity: float = 0.9, text: int = 0) -> Tensor
     """The largest (1 - sparsity) of each head's whole draft: bool `[batch, heads, patches, patches]`.
 
     `sparsity`: 0.9 for HunyuanVideo and 0.75 for Wan 2.1 in the paper. A threshold over the whole map may leave a row without any
-    patch: without text, which all rows read, each patch reads itself first. Raises `InputError` for a sparsity outside 0 to 1.
+    patch: without text, which all rows read, each patch reads itself first; with text, such a row reads its best patch. Raises
+    `InputError` for a sparsity outside 0 to 1.
     """
     if not 0 <= sparsity < 1:
         raise InputError(
@@ -79,6 +80,6 @@ def draft_attention(
     """
     check_heads(q, k, v)
     blocks = patch_blocks(grid, patch, q.device)
-    check_text(q, k, blocks, text)
+    check_text(q, k, blocks, text, text_keys)
     chosen = draft_map(draft_scores(q, k, blocks, scale=scale), sparsity=sparsity, text=text)
     return attend_grid(q, k, v, blocks, chosen, text=text, text_keys=text_keys, scale=scale)

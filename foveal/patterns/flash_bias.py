@@ -41,6 +41,8 @@ def alibi(
 
     Slopes stand in phi_q alone, so KV heads share phi_k. Positions count from the middle, which halves their rounding.
     """
+    if slopes.dim() != 1:
+        raise InputError(f"expected slopes [heads], got {[*slopes.shape]}; give one for each query head")
     if not 0 < length <= total:
         raise InputError(
             f"expected from 1 query up to as many as keys, got {length} and {total}; append the keys first"
@@ -117,6 +119,7 @@ def biased_attention(
     Raises `InputError` for shapes that do not fit.
     """
     check_heads(q, k, v)
+    _check_factors(q, k, bias)
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     phi_q, phi_k = (phi.expand(q.shape[0], -1, -1, -1) for phi in bias)
     phi_q = phi_q.expand(-1, q.shape[1], -1, -1)
@@ -128,6 +131,17 @@ def biased_attention(
         return attend(q, k, v, scale=scale, bias=pair, need_lse=True)
     every = torch.ones(-(-q.shape[2] // _BLOCK), -(-k.shape[2] // _BLOCK), dtype=torch.bool, device=q.device)
     return attend_map(q, k, v, every, (_BLOCK, _BLOCK), scale=scale, bias=pair)
+
+
+def _check_factors(q: Tensor, k: Tensor, bias: Factors) -> None:
+    """Raise `InputError` unless factors are of these queries and keys; one batch or one head may serve all."""
+    for phi, t, heads in zip(bias, (q, k), ((1, q.shape[1]), (1, k.shape[1], q.shape[1])), strict=True):
+        fits = phi.dim() == 4 and phi.shape[0] in (1, q.shape[0]) and phi.shape[1] in heads
+        if not fits or phi.shape[2] != t.shape[2] or phi.shape[3] != bias[0].shape[-1]:
+            raise InputError(
+                f"expected bias features [batch, heads, length, rank] for q {[*q.shape]} and k {[*k.shape]}, "
+                f"got {[*bias[0].shape]} and {[*bias[1].shape]}; give one row for each query and each key"
+            )
 
 
 def given_bias_attention(
@@ -143,13 +157,20 @@ def given_bias_attention(
 ) -> Tensor:
     """Attention with a fixed bias `[heads, length, total]`: heads of rank up to `most` (16, the paper's) by factors, others exactly.
 
-    `low` is `factorize(bias)`, made once. Returns out `[batch, heads, length, value_dim]`.
+    `low` is `factorize(bias)`, made once. Returns out `[batch, heads, length, value_dim]`. Raises `InputError` for a bias or factors
+    of other shapes.
     """
     check_heads(q, k, v)
     if bias.shape != (*q.shape[1:3], k.shape[2]):
         raise InputError(
             f"expected a bias {[*q.shape[1:3], k.shape[2]]}, got {list(bias.shape)}; give each head, query and key one"
         )
+    if (
+        low.ranks.shape != (q.shape[1],)
+        or low.factors[0].shape[2] != q.shape[2]
+        or low.factors[1].shape[2] != k.shape[2]
+    ):
+        raise InputError(f"expected the factors of this bias {[*bias.shape]}, got others; factorize it first")
     scale, heads = q.shape[-1] ** -0.5 if scale is None else scale, q.shape[1]
     k, v = spread(k, heads), spread(v, heads)
     by_factors = (low.ranks <= most).to(q.device)
@@ -173,7 +194,11 @@ def given_bias_attention(
 
 
 def multiplied(q: Tensor, k: Tensor, factor: Factors) -> tuple[Tensor, Tensor]:
-    """Queries and keys whose product is (q . k) B for B = phi_q phi_k^T: rank * head_dim columns (reconstructed)."""
+    """Queries and keys whose product is (q . k) B for B = phi_q phi_k^T: rank * head_dim columns (reconstructed).
+
+    Raises `InputError` for factors of other queries or keys.
+    """
+    _check_factors(q, k, factor)
     phi_q, phi_k = factor
     wide_q = (phi_q[..., :, None] * q[..., None, :]).flatten(-2)
     return wide_q, (phi_k[..., :, None] * k[..., None, :]).flatten(-2)
@@ -211,6 +236,11 @@ class FactorNets(nn.Module):
 
     def fit(self, z_q: Tensor, z_k: Tensor, bias: Tensor, *, steps: int = 1000, lr: float = 1e-3) -> float:
         """Train on a bias `[batch, heads, length, total]` by mean squared error with Adam (steps and rate are ours); the last error."""
+        wanted = (z_q.shape[0], self.heads, z_q.shape[1], z_k.shape[1])
+        if bias.shape != wanted or steps < 1:
+            raise InputError(
+                f"expected a bias {[*wanted]} and at least 1 step, got {[*bias.shape]} and {steps}; correct them"
+            )
         optimizer = torch.optim.Adam(self.parameters(), lr=lr)
         for _ in range(steps):
             phi_q, phi_k = self(z_q, z_k)

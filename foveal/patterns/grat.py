@@ -34,12 +34,14 @@ def surrounding(blocks: TokenBlocks, radius: int | Sequence[int] = 1) -> Tensor:
     """GRAT-B: a group reads those up to `radius` groups away along every axis, bool `[groups, groups]`.
 
     At a border the region is shifted inwards, so that every group reads equally many; an axis with fewer groups is read as a whole.
-    `radius`: one number or one for each axis (1: reconstructed). Raises `InputError` for a negative one.
+    `radius`: one number or one for each axis (1: reconstructed). Raises `InputError` for others than whole numbers from 0.
     """
     axes = len(blocks.counts)
-    radius = (radius,) * axes if isinstance(radius, int) else tuple(radius)
-    if len(radius) != axes or min(radius) < 0:
-        raise InputError(f"expected a radius from 0 for each of {axes} axes, got {radius}; give one number or {axes}")
+    radius = tuple(radius) if isinstance(radius, Sequence) else (radius,) * axes
+    if len(radius) != axes or any(not isinstance(r, int) or r < 0 for r in radius):
+        raise InputError(
+            f"expected a whole radius from 0 for each of {axes} axes, got {radius}; give one number or {axes}"
+        )
     at, near = blocks.coordinates, []
     for axis, (count, r) in enumerate(zip(blocks.counts, radius, strict=True)):
         centre = at[:, axis].clamp(min(r, count - 1), max(count - 1 - r, 0)) if 2 * r + 1 < count else at[:, axis]

@@ -43,16 +43,21 @@ class Neighborhood:
     causal: bool | tuple[bool, ...] = False
 
     def __post_init__(self) -> None:
-        axes = len(self.shape)
-        if not 1 <= axes <= 3 or min(self.shape) < 1:
+        shape = tuple(self.shape) if isinstance(self.shape, Sequence) else (self.shape,)
+        axes = len(shape)
+        if not 1 <= axes <= 3 or any(type(n) is not int or n < 1 for n in shape):
             raise InputError(
                 f"expected a grid of 1 to 3 axes with tokens, got {self.shape}; give the length of each axis"
             )
+        object.__setattr__(self, "shape", shape)
         for name in ("window", "stride", "dilation", "causal"):
-            value = getattr(self, name)
-            value = (value,) * axes if isinstance(value, int) else tuple(value)
-            if len(value) != axes:
-                raise InputError(f"expected one {name} or {axes} for the axes {self.shape}, got {value}; match them")
+            value, kind = getattr(self, name), bool if name == "causal" else int
+            value = tuple(value) if isinstance(value, Sequence) else (value,) * axes
+            if len(value) != axes or any(type(x) is not kind for x in value):
+                what = "a bool" if kind is bool else "a whole number"
+                raise InputError(
+                    f"expected {name} to be {what}, or one for each of the axes {shape}, got {getattr(self, name)!r}; match them"
+                )
             object.__setattr__(self, name, value)
         for n, w, s, d in zip(self.shape, self.window, self.stride, self.dilation, strict=True):
             if w < 1 or d < 1 or w * d > n:
@@ -219,15 +224,20 @@ def simulate(
     hood: Neighborhood, query_tile: Sequence[int] | None = None, key_tile: Sequence[int] | None = None
 ) -> Work:
     """The tiles that a kernel visits, counted and not run; tiles are `TILES` unless given. Raises `InputError` for other axes."""
-    query_tile = fit_tile(hood.shape, query_tile, TILES)
-    key_tile = fit_tile(hood.shape, key_tile, TILES)
-    if not len(query_tile) == len(key_tile) == len(hood.shape) or min(*query_tile, *key_tile) < 1:
-        raise InputError(
-            f"expected tiles for the axes {hood.shape}, got {query_tile} and {key_tile}; give one length each"
-        )
+    query_tile, key_tile = _tiles_of(hood, query_tile, key_tile)
     axes = [_axis_work(hood, axis, query_tile[axis], key_tile[axis]) for axis in range(len(hood.shape))]
     total, visited, whole, pairs = (math.prod(counts) for counts in zip(*axes, strict=True))
     return Work(total, visited, whole, math.prod(hood.shape) ** 2 / pairs)
+
+
+def _tiles_of(hood: Neighborhood, *tiles: Sequence[int] | None) -> list[tuple[int, ...]]:
+    """Tiles as given or `TILES`; raises `InputError` where they are not one length for each axis."""
+    found = [fit_tile(hood.shape, tile, TILES) for tile in tiles]
+    if any(len(t) != len(hood.shape) or any(not isinstance(n, int) or n < 1 for n in t) for t in found):
+        raise InputError(
+            f"expected tiles of whole numbers for the axes {hood.shape}, got {' and '.join(map(str, found))}; give one length each"
+        )
+    return found
 
 
 def _axis_work(hood: Neighborhood, axis: int, query_tile: int, key_tile: int) -> tuple[int, int, int, int]:
@@ -245,9 +255,11 @@ def _axis_work(hood: Neighborhood, axis: int, query_tile: int, key_tile: int) ->
 def best_stride(
     hood: Neighborhood, query_tile: Sequence[int] | None = None, key_tile: Sequence[int] | None = None
 ) -> Neighborhood:
-    """The same pattern with the smallest strides that visit the fewest tiles; axes are independent of each other."""
-    query_tile = fit_tile(hood.shape, query_tile, TILES)
-    key_tile = fit_tile(hood.shape, key_tile, TILES)
+    """The same pattern with the smallest strides that visit the fewest tiles; axes are independent of each other.
+
+    Raises `InputError` for tiles of other axes.
+    """
+    query_tile, key_tile = _tiles_of(hood, query_tile, key_tile)
     strides = []
     for axis, window in enumerate(hood.window):
 

@@ -7,6 +7,7 @@ their values, where pooling promises to help more than it hurts. `rectified_atte
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -17,7 +18,7 @@ from foveal.errors import InputError
 from foveal.ops.dense import spread, wide
 from foveal.ops.top import largest
 
-from .blocks import TokenBlocks, attend_grid, check_heads, check_text
+from .blocks import TokenBlocks, attend_grid, check_heads, check_map, check_text
 
 BLOCK = 128
 
@@ -56,11 +57,14 @@ def critical_blocks(
     """The paper's selection: bool `[batch, heads, nb, nb]`.
 
     Each row keeps its best blocks until their share passes `mass` (0.3), at least (1 - drop) of all (drop: 0.75 to 0.9 in the paper,
-    0.8 for HunyuanVideo), and its `neighbours` bool `[nb, nb]` (see `neighbour_blocks`). Raises `InputError` for shares outside 0 to 1.
+    0.8 for HunyuanVideo), and its `neighbours` bool `[nb, nb]` (see `neighbour_blocks`). Raises `InputError` for shares outside 0 to 1
+    and neighbours of other blocks.
     """
     if not 0 <= drop < 1 or not 0 <= mass <= 1:
         raise InputError(f"expected drop from 0 below 1 and mass from 0 to 1, got {drop} and {mass}; give shares")
     number = shares.blocks.shape[-1]
+    if neighbours is not None:
+        check_map(neighbours, (*shares.blocks.shape[:2], number, number))
     least = max(1, int((1 - drop) * number + 1e-9))
     reached = shares.blocks.sort(-1, descending=True).values.cumsum(-1)
     count = ((reached <= mass).sum(-1) + 1).clamp(min=least)
@@ -90,6 +94,12 @@ def rectified_attention(
     check_heads(q, k, v)
     check_text(q, k, blocks, text)
     blocks, heads, grid = blocks.to(q.device), q.shape[1], blocks.place.numel()
+    found = (*q.shape[:2], blocks.number, blocks.number)
+    check_map(block_map, found)
+    if shares is not None and shares.blocks.shape != found:
+        raise InputError(
+            f"expected shares of {[*found]} blocks, got {[*shares.blocks.shape]}; estimate them from these q and k"
+        )
     if block_map.is_cpu and not bool(block_map.any(-1).all()):
         raise InputError("expected every block to read one at least, got rows of the map without any; add the diagonal")
     out, _ = attend_grid(q, k, v, blocks, block_map, text=text, scale=scale)
@@ -125,7 +135,7 @@ def hilbert_blocks(shape: Sequence[int], size: int = BLOCK) -> TokenBlocks:
     grid with fewer tokens than one block.
     """
     shape = tuple(shape)
-    total = int(torch.tensor(shape).prod()) if shape else 0
+    total = math.prod(shape) if shape else 0
     if not 1 <= size <= total:
         raise InputError(
             f"expected blocks of 1 to the {total} tokens of the grid {shape}, got {size}; take smaller blocks"
@@ -160,7 +170,14 @@ def _hilbert_index(at: Tensor) -> Tensor:
 
 
 def neighbour_blocks(shape: Sequence[int], blocks: TokenBlocks) -> Tensor:
-    """Blocks that touch on the grid, along an axis, and each block itself: bool `[nb, nb]`."""
+    """Blocks that touch on the grid, along an axis, and each block itself: bool `[nb, nb]`.
+
+    Raises `InputError` for blocks of another grid.
+    """
+    if math.prod(shape) != blocks.place.numel():
+        raise InputError(
+            f"expected blocks of the grid {tuple(shape)}, got some of {blocks.place.numel()} tokens; make both of one grid"
+        )
     home = blocks.block_of.cpu().view(tuple(shape))
     touch = torch.eye(blocks.number, dtype=torch.bool)
     for axis in range(len(shape)):

@@ -52,6 +52,13 @@ def test_every_query_once_and_work_level(name, block):
     assert plan.before.bytes == 0
 
 
+@pytest.mark.parametrize("n", [20, 21])
+def test_a_slice_and_its_mirror_cost_the_same_wherever_they_lie(n):
+    for a in range(n // 2):
+        for b in range(a + 1, n // 2 + 1):
+            assert Task(0, a, b).work + Task(0, n - b, n - a).work == (b - a) * (n + 1)
+
+
 def test_even_ranks_stay_as_they_are():
     plan = plan_attention([[50, 50], [50, 50]])
     assert plan.after.bytes == 0
@@ -128,9 +135,13 @@ def test_ranks_give_what_one_device_gives(tmp_path):
 
 
 def test_bad_input_is_refused():
-    for lengths, how in [([], {}), ([[]], {}), ([[3, 0]], {}), ([[3]], {"tolerance": 1.0}), ([[3]], {"block": 0})]:
-        with pytest.raises(InputError):
-            plan_attention(lengths, **how)
+    for lengths in ([], [[]], [[3, 0]], [[3.5]], [3, 4], ["ab"]):
+        for call in (plan_attention, context_parallel):
+            with pytest.raises(InputError, match="documents of at least 1 token"):
+                call(lengths)
+    for how in ({"tolerance": 1.0}, {"block": 0}, {"block": 1.5}):
+        with pytest.raises(InputError, match="tolerance"):
+            plan_attention([[3]], **how)
     q = torch.zeros(1, 1, 3, 8)
     with pytest.raises(InputError, match="init_process_group"):
         attend_planned(q, q, q, plan_attention([[3]]))

@@ -9,10 +9,10 @@ from models import tiny
 from reference import attend, causal, close, hook, over_heads, thin, thinned, watch
 
 import foveal
-from foveal.attach import ModelInfo
 from foveal.hub import model_identity
 from foveal.methods.select.fasa import Fasa, _together
 from foveal.methods.select.frequency_chunks import ChunkTable, agreement, rotary_pairs, table_for
+from foveal.model_info import ModelInfo
 from foveal.store import Layout
 
 N, PROMPT, HEADS, KV = 66, 60, 6, 2

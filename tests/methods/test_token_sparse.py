@@ -189,6 +189,7 @@ def test_stable_layers_come_from_the_file_of_the_model(model, monkeypatch, tmp_p
         ({"window": 0}, "window = 0"),
         ({"kernel": 4}, "kernel = 4"),
         ({"layers": "early"}, "layers = 'early': expected 'late'"),
+        ({"layers": []}, r"layers = \(\): expected 'late'"),
     ],
 )
 def test_bad_values(wrong, message):

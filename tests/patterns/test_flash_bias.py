@@ -131,5 +131,17 @@ def test_bad_input_is_refused():
     with pytest.raises(InputError, match="points"):
         squared_distance(torch.zeros(1, 2, 3), torch.zeros(1, 2, 2), torch.ones(1))
     q = torch.zeros(1, 1, 4, 8)
-    with pytest.raises(InputError, match="bias features"):
-        biased_attention(q, q, q, (torch.zeros(1, 1, 3, 2), torch.zeros(1, 1, 4, 2)))
+    phi = torch.zeros(1, 1, 4, 2)
+    for wrong in (phi[:, :, :3], phi[0, 0], phi.expand(3, -1, -1, -1), phi.expand(-1, 3, -1, -1), phi[..., :1]):
+        for pair in ((wrong, phi), (phi, wrong)):
+            with pytest.raises(InputError, match="bias features"):
+                biased_attention(q, q, q, pair)
+            with pytest.raises(InputError, match="bias features"):
+                multiplied(q, q, pair)
+    with pytest.raises(InputError, match="slopes"):
+        alibi(4, 4, torch.ones(2, 2))
+    with pytest.raises(InputError, match="factors of this bias"):
+        given_bias_attention(q, q, q, torch.randn(1, 4, 4), factorize(torch.randn(3, 4, 4)))
+    nets, z = FactorNets(4, 2, 2), torch.zeros(1, 3, 4)
+    with pytest.raises(InputError, match="expected a bias"):
+        nets.fit(z, z, torch.zeros(1, 3, 3, 3))

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 
 from foveal.errors import InputError
-from foveal.patterns.blocks import attend_map, tile_blocks
+from foveal.patterns.blocks import attend_grid, attend_map, tile_blocks
 from foveal.patterns.draft import draft_attention, draft_map, draft_scores, patch_blocks
 from foveal.patterns.grat import criss_cross, grat_attention, group_blocks, surrounding
 
@@ -153,5 +153,56 @@ def test_bad_input_is_refused():
         grat_attention(q, k, v, (4, 4), region="star")
     with pytest.raises(InputError, match="radius"):
         surrounding(group_blocks((4, 4), (2, 2)), -1)
-    with pytest.raises(InputError, match="map"):
-        attend_map(q, k, v, torch.ones(1, 1, dtype=torch.bool), (4, 4))
+    every = torch.ones(4, 4, dtype=torch.bool)
+    for block_map in (every[:1, :1], every.float(), every.expand(3, 1, 4, 4)):
+        with pytest.raises(InputError, match="map"):
+            attend_map(q, k, v, block_map, (4, 4))
+        with pytest.raises(InputError, match="map"):
+            attend_grid(q, k, v, tile_blocks((4, 4), (2, 2)), block_map)
+    with pytest.raises(InputError, match="at least 1 token"):
+        attend_map(q, k, v, every, (0, 4))
+    with pytest.raises(InputError, match="valid bool"):
+        attend_map(q, k, v, every, (4, 4), valid=torch.ones(3, dtype=torch.bool))
+    with pytest.raises(InputError, match="dtype"):
+        attend_map(q.float(), k, v, every, (4, 4))
+    with pytest.raises(InputError, match="whole radius"):
+        grat_attention(q, k, v, (4, 4), group=(2, 2), region="around", radius=1.5)
+    with pytest.raises(InputError, match="tiles"):
+        tile_blocks((4, 4), (2.0, 2))
+
+
+@pytest.mark.parametrize("keys", [-1, 5, torch.tensor([1, 2, 3]), torch.tensor([0.5, 1.0])], ids=str)
+def test_text_that_cannot_be_counted_is_refused(keys):
+    q, k, v = draw(16)
+    for call in (draft_attention, grat_attention):
+        size = {"patch": (2, 2)} if call is draft_attention else {"group": (2, 2)}
+        with pytest.raises(InputError, match="text"):
+            call(q, k, v, (3, 4), text=4, text_keys=keys, **size)
+
+
+def test_every_patch_reads_something_even_where_no_word_is_real():
+    """A threshold over a whole map leaves rows without a patch; these get their best."""
+    q, k, v = draw(36 + 4)
+    scores = draft_scores(q, k, patch_blocks((6, 6), (2, 2)))
+    over = scores >= scores.flatten(2).topk(4).values[..., -1:, None]
+    lost = ~over.any(-1)
+    assert lost.any()
+    chosen = over | lost[..., None] & (scores == scores.amax(-1, keepdim=True))
+    home = torch.tensor([y // 2 * 3 + x // 2 for y in range(6) for x in range(6)])
+    mask = F.pad(chosen[:, :, home][:, :, :, home].int(), (0, 4, 0, 4), value=1).bool()
+    mask[..., 36:] = False
+    found = draft_attention(q, k, v, (6, 6), patch=(2, 2), sparsity=0.95, text=4, text_keys=0)
+    mask[:, :, 36:, :36] = True
+    same(found, dense(q, k, v, mask))
+
+
+def test_a_row_without_keys_is_refused_unless_text_holds_it_up():
+    q, k, v = draw(16)
+    none = torch.eye(4, dtype=torch.bool)
+    none[2, 2] = False
+    with pytest.raises(InputError, match="without any"):
+        attend_grid(q, k, v, tile_blocks((16,), (4,)), none)
+    none = none[:3, :3]
+    with pytest.raises(InputError, match="without any"):
+        attend_grid(q, k, v, tile_blocks((12,), (4,)), none, text=4, text_keys=torch.tensor([2, 0]))
+    assert attend_grid(q, k, v, tile_blocks((12,), (4,)), none, text=4, text_keys=2)[0].isfinite().all()

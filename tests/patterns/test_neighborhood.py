@@ -134,7 +134,8 @@ def test_best_stride_is_the_smallest_of_the_best():
 def test_bad_input_is_refused():
     for fields, word in [
         (((8,), 9), "window"), (((8,), 3, 4), "stride"), (((8,), 3, 0), "stride"), (((8,), 3, 1, 3), "dilation"),
-        (((8,), 0), "window"), (((2, 2, 2, 2), 1), "axes"), (((8, 8), (3,)), "window"),
+        (((8,), 0), "window"), (((2, 2, 2, 2), 1), "axes"), (((8, 8), (3,)), "window"), (((8,), 3.0), "window"),
+        (((8,), (3.5,)), "window"), (((8,), 3, 1, 0), "dilation"), (((8,), 3, 1, 1, 2), "causal"), (((8.0,), 3), "axes"),
     ]:  # fmt: skip
         with pytest.raises(InputError, match=word):
             Neighborhood(*fields)
@@ -143,6 +144,17 @@ def test_bad_input_is_refused():
         neighborhood_attention(q, q, q, Neighborhood((9,), 3))
     with pytest.raises(InputError, match="tile"):
         neighborhood_attention(q, q, q, Neighborhood((8,), 3), tile=(9,))
+    for count in (simulate, best_stride):
+        for tile in ((0,), (2, 2), (2.5,)):
+            with pytest.raises(InputError, match="tiles of whole numbers"):
+                count(Neighborhood((8,), 3), tile)
+
+
+def test_a_shape_may_be_any_sequence():
+    q, k, v = draw(12)
+    expected = neighborhood_attention(q, k, v, Neighborhood((12,), 3), tile=(4,))
+    for shape in ([12], 12):
+        torch.testing.assert_close(neighborhood_attention(q, k, v, Neighborhood(shape, 3), tile=(4,)), expected)
 
 
 def test_boxes_of_another_grid_are_refused():

@@ -148,5 +148,15 @@ def test_bad_input_is_refused():
         rectified_attention(q, k, v, blocks, torch.ones(2, 2, dtype=torch.bool), text=1)
     with pytest.raises(InputError, match="smaller blocks"):
         hilbert_blocks((2, 3), 128)
+    shares = implicit_attention(q, k, blocks)
     with pytest.raises(InputError, match="drop"):
-        critical_blocks(implicit_attention(q, k, blocks), drop=1.0)
+        critical_blocks(shares, drop=1.0)
+    with pytest.raises(InputError, match="map"):
+        critical_blocks(shares, neighbours=torch.ones(3, 3, dtype=torch.bool))
+    with pytest.raises(InputError, match="map"):
+        rectified_attention(q, k, v, blocks, torch.ones(2, 2))
+    with pytest.raises(InputError, match="shares"):
+        other = implicit_attention(q, k, tile_blocks((8,), (2,)))
+        rectified_attention(q, k, v, blocks, torch.ones(2, 2, dtype=torch.bool), shares=other)
+    with pytest.raises(InputError, match="of one grid"):
+        neighbour_blocks((3, 3), blocks)

@@ -41,7 +41,8 @@ class Dhsa(Method):
     to the end of the run, and the tokens of the best chunks. The prompt's `last` queries, its instruction, are dense; so is decode.
 
     A chunk's score is the product of the run's queries and the chunk's keys, each a mean times the root of its length, averaged over
-    heads; so a long chunk counts more than a short one, but less than in proportion. There are `chunks` of them for each block.
+    heads (the released code averages queries and keys over heads first, and multiplies these); so a long chunk counts more than a short
+    one, but less than in proportion. There are `chunks` of them for each block.
     Defaults are the paper's (2,048 tokens, blocks of 128, 8 chunks a block, first and local 128, last 64).
 
     boundaries: "predicted", at the best gaps at least `distance` apart, which a network finds that learned from this model's own

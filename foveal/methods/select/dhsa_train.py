@@ -7,22 +7,22 @@ A gap is a boundary where later queries look at least twice as much at one side 
 
 from __future__ import annotations
 
-import argparse
 import json
 import random
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from ...attach import ModelInfo, attach
+from ...attach import attach
+from ...command import Command, run
 from ...data import book
-from ...hub import load, model_identity
+from ...hub import model_identity
 from ...method import Method
+from ...model_info import ModelInfo
 from ...tasks import get_task
 from ...tasks.task import encode
 from .boundaries import WINDOW, BoundaryPredictor, best_starts, boundary_ratio, soft_label
@@ -141,21 +141,15 @@ def texts_for(tokenizer, n: int, seed: int, positions: int | None) -> list[tuple
     return texts
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(
-        prog="python -m foveal.methods.select.dhsa_train", description=__doc__.split("\n")[0]
-    )
-    parser.add_argument("--model", help="Hugging Face id or local folder; default: the default model")
-    parser.add_argument("--out", type=Path, help="file to write; default: the cache folder")
-    parser.add_argument("--device")
-    parser.add_argument("--dtype")
-    parser.add_argument("--texts", type=int, default=60, help="texts to learn from; a tenth as many to examine")
-    parser.add_argument("--every", type=int, default=3, help="take every so many layers")
-    parser.add_argument("--epochs", type=int, default=2)
-    parser.add_argument("--rate", type=float, default=1e-4)
-    parser.add_argument("--seed", type=int, default=0)
-    chosen = parser.parse_args()
-    model, tokenizer = load(chosen.model, device=chosen.device, dtype=chosen.dtype)
+def main(arguments: Sequence[str] | None = None) -> None:
+    command = Command(__spec__.name, __doc__)
+    command.add_argument("--texts", type=int, default=60, help="texts to learn from; a tenth as many to examine")
+    command.add_argument("--every", type=int, default=3, help="take every so many layers")
+    command.add_argument("--epochs", type=int, default=2)
+    command.add_argument("--rate", type=float, default=1e-4)
+    command.add_argument("--seed", type=int, default=0)
+    place, chosen = command.read(arguments)
+    model, tokenizer = place.load()
     positions, start = ModelInfo.of(model).max_positions, time.perf_counter()
     examples = collect(model, texts_for(tokenizer, chosen.texts, chosen.seed, positions), chosen.every)
     print(f"{len(examples)} examples after {time.perf_counter() - start:.0f} s", flush=True)
@@ -166,8 +160,8 @@ def main() -> None:
     print(json.dumps(found))
     source = {"texts": chosen.texts, "every": chosen.every, **how, "held out": found}
     learned = Learned("dhsa", model_identity(model), predictor.state_dict(), {"window": WINDOW}, source)
-    print("wrote", learned.save(chosen.out or learned_path(model, "dhsa")), f"in {time.perf_counter() - start:.0f} s")
+    print("wrote", learned.save(place.out or learned_path(model, "dhsa")), f"in {time.perf_counter() - start:.0f} s")
 
 
 if __name__ == "__main__":
-    main()
+    run(main)

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Sequence
-from importlib.resources import files
 from pathlib import Path
 
 import torch
@@ -15,8 +14,9 @@ from torch import Tensor
 
 from ...data import book
 from ...errors import InputError
-from ...heads import HeadRoles
-from ...hub import cache_dir, load, model_identity
+from ...heads import HeadRoles, known_roles
+from ...hub import load, model_identity
+from ...known import own_file
 
 QUANTILE = 0.5
 """Layers with at most this quantile of the drift are stable (paper: 0.5)."""
@@ -62,13 +62,10 @@ def stable_layers(drift: Tensor, layers: Sequence[int], quantile: float = QUANTI
 
 def drift_for(model) -> Tensor:
     """The drift of each layer of this model, [layers]: what ships with Foveal, else the user's own; raises InputError without."""
+    path = known_roles(model, "drift")
+    if path is not None:
+        return HeadRoles.load(path).for_model(model).scores["drift"][:, 0]
     identity = model_identity(model)
-    shipped = [f for f in files("foveal.data").joinpath("drift").iterdir() if f.name.endswith(".json")]
-    for file in [*shipped, drift_path(model)]:
-        if file.is_file():
-            found = HeadRoles.load(str(file))
-            if found.identity["weights"] == identity["weights"]:
-                return found.for_model(model).scores["drift"][:, 0]
     name = identity["name"] or identity["architecture"]
     raise InputError(
         f"the drift of {name}'s layers is not known: measure it once with `python -m foveal.methods.select.drift --model {name}`, or "
@@ -78,7 +75,7 @@ def drift_for(model) -> Tensor:
 
 def drift_path(model) -> Path:
     """Where a user's own measurement is kept."""
-    return cache_dir() / "drift" / f"{model_identity(model)['weights']}.json"
+    return own_file(model, "drift", ".json")
 
 
 def main() -> None:

@@ -8,23 +8,23 @@ gradient ascent (the paper's Lagrangian).
 
 from __future__ import annotations
 
-import argparse
 import json
 import math
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from ... import ops
-from ...attach import ModelInfo, attach
+from ...attach import attach
+from ...command import Command, run
 from ...errors import InputError
-from ...hub import load, model_identity
+from ...hub import model_identity
 from ...method import Method, Out
+from ...model_info import ModelInfo
 from ...tasks import get_task
 from ...tasks.task import encode
 from .flux import WIDTH, Router, pooled_query
@@ -203,33 +203,25 @@ def texts_of(tokenizer, task: str, length: int, n: int, seed: int, positions: in
     return texts
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(
-        prog="python -m foveal.methods.select.flux_train", description=__doc__.split("\n")[0]
-    )
-    parser.add_argument("--model", help="Hugging Face id or local folder; default: the default model")
-    parser.add_argument("--out", type=Path, help="file to write; default: the cache folder")
-    parser.add_argument("--device")
-    parser.add_argument("--dtype")
-    parser.add_argument("--texts", type=int, default=200, help="texts of each task to learn from")
-    parser.add_argument("--held-out", type=int, default=20, help="texts of each task to examine the routers on")
-    parser.add_argument("--tasks", default=",".join(TARGETS), help="of these tasks, between commas")
-    for name in ("length", "sink", "recent", "pool", "width", "steps", "batch", "seed"):
-        parser.add_argument(f"--{name}", type=int, default=getattr(Settings, name))
-    for name in ("rate", "dual_rate"):
-        parser.add_argument(f"--{name.replace('_', '-')}", type=float, default=getattr(Settings, name))
-    chosen = vars(parser.parse_args())
-    if unknown := [task for task in chosen["tasks"].split(",") if task not in TARGETS]:
-        parser.error(f"no target is known for {', '.join(unknown)}: choose from {', '.join(TARGETS)}")
-    settings = Settings(**{name: chosen[name] for name in Settings.__dataclass_fields__ if name in chosen})
-    model, tokenizer = load(chosen["model"], device=chosen["device"], dtype=chosen["dtype"])
+def main(arguments: Sequence[str] | None = None) -> None:
+    command = Command(__spec__.name, __doc__)
+    command.add_argument("--texts", type=int, default=200, help="texts of each task to learn from")
+    command.add_argument("--held-out", type=int, default=20, help="texts of each task to examine the routers on")
+    command.add_argument("--tasks", default=",".join(TARGETS), help="of these tasks, between commas")
+    numbers = ("length", "sink", "recent", "pool", "width", "steps", "batch", "seed", "rate", "dual_rate")
+    command.add_settings(Settings(), *numbers)
+    place, chosen = command.read(arguments)
+    if unknown := [task for task in chosen.tasks.split(",") if task not in TARGETS]:
+        command.error(f"no target is known for {', '.join(unknown)}: choose from {', '.join(TARGETS)}")
+    settings = Settings(**{name: getattr(chosen, name) for name in numbers})
+    model, tokenizer = place.load()
     positions, start = ModelInfo.of(model).max_positions, time.perf_counter()
-    targets = {task: TARGETS[task] for task in chosen["tasks"].split(",")}
+    targets = {task: TARGETS[task] for task in chosen.tasks.split(",")}
     draw = lambda n, seed: {t: texts_of(tokenizer, t, settings.length, n, seed, positions) for t in targets}
-    texts = draw(chosen["texts"], settings.seed)
+    texts = draw(chosen.texts, settings.seed)
     print(f"{sum(map(len, texts.values()))} texts after {time.perf_counter() - start:.0f} s", flush=True)
     routers = train(model, texts, targets, settings, lambda line: print(line, flush=True))
-    found = examine(model, routers, draw(chosen["held_out"], settings.seed + 1), settings)
+    found = examine(model, routers, draw(chosen.held_out, settings.seed + 1), settings)
     print(json.dumps(found, indent=1))
     weights = {f"{i}.{name}": x for i, router in routers.items() for name, x in router.state_dict().items()}
     kept = {name: getattr(settings, name) for name in ("sink", "recent", "pool", "width")}
@@ -242,10 +234,8 @@ def main() -> None:
         "held out": found,
     }
     learned = Learned("flux", model_identity(model), weights, kept, source)
-    print(
-        "wrote", learned.save(chosen["out"] or learned_path(model, "flux")), f"in {time.perf_counter() - start:.0f} s"
-    )
+    print("wrote", learned.save(place.out or learned_path(model, "flux")), f"in {time.perf_counter() - start:.0f} s")
 
 
 if __name__ == "__main__":
-    main()
+    run(main)

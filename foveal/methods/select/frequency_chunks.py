@@ -7,15 +7,14 @@ finds it again.
 import argparse
 import json
 from dataclasses import dataclass
-from functools import lru_cache
-from importlib.resources import files
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from ...errors import InputError
-from ...hub import cache_dir, model_identity
+from ...hub import model_identity
+from ...known import known_file, own_file
 
 SIZES = (128, 256, 512, 1024)
 """How many best keys are compared (the paper: 128 to 4096)."""
@@ -97,25 +96,16 @@ class ChunkTable:
 
 def table_path(model) -> Path:
     """Where the table a user has measured for this model is kept."""
-    return cache_dir() / "frequency_chunks" / f"{model_identity(model)['weights']}.json"
-
-
-@lru_cache(maxsize=8)
-def _read(path: Path) -> ChunkTable:
-    return ChunkTable.load(path)
+    return own_file(model, "frequency_chunks", ".json")
 
 
 def table_for(model, path: str | None = None) -> ChunkTable:
     """The table in `path`, else the one that ships for this model, else the user's own; raises InputError where there is none."""
+    if path is None:
+        path = known_file(model, "frequency_chunks", ".json", lambda file: ChunkTable.load(file).identity)
     if path is not None:
         return ChunkTable.load(Path(path)).for_model(model)
     identity = model_identity(model)
-    shipped = files("foveal.data").joinpath("frequency_chunks")
-    for file in sorted(shipped.iterdir(), key=str) if shipped.is_dir() else ():
-        if file.name.endswith(".json") and _read(file).identity["weights"] == identity["weights"]:
-            return _read(file)
-    if table_path(model).is_file():
-        return ChunkTable.load(table_path(model))
     name = identity["name"] or identity["architecture"]
     raise InputError(
         f"which frequency chunks of {name} matter is not known: measure them once with `python -m {__name__} {name}`, "

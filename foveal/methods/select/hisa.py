@@ -30,9 +30,10 @@ from .lists import logits_at
 )
 @dataclass(frozen=True)
 class Hisa(Method):
-    """Each query of a prompt and each decode step reads its `budget` best tokens, its own included, found in two stages: of all blocks of
-    `block` tokens the `blocks` best by the score of their mean key, of the tokens in these the best by their own. The first block and
-    the newest are always searched. (Paper: 2,048 tokens of 64 blocks of 128; more blocks where a budget needs them.)
+    """Each query of a prompt and each decode step reads its `budget` best tokens (in decode the step's own is one of them whatever its
+    score), found in two stages: of all blocks of `block` tokens the `blocks` best by the score of their mean key, of the tokens in these
+    the best by their own. The first block and the newest are always searched. (Paper: 2,048 tokens of 64 blocks of 128; more blocks where
+    a budget needs them.)
 
     A model trained with an indexer brings small heads for the scores (`foveal.ops.index_two_stage` works with those). Others have
     none, so here the query heads of a KV head are the indexer: the sum of their logits, without the ReLU, as most logits of a

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from importlib.resources import files
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -13,7 +12,8 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from ...errors import InputError
-from ...hub import cache_dir, model_identity
+from ...hub import model_identity
+from ...known import known_file, own_file
 
 _FORMAT = "foveal learned 1"
 
@@ -59,26 +59,22 @@ def learned_for(model, kind: str, path: str | Path | None = None) -> Learned:
     kind: "flux" or "dhsa", a folder of `foveal.data`. Raises InputError where `path` is of another model, or where there are none.
     """
     identity = model_identity(model)
-    folder = files("foveal.data").joinpath(kind)
-    shipped = [f for f in folder.iterdir() if f.name.endswith(".safetensors")] if folder.is_dir() else []
-    candidates = [Path(path)] if path is not None else [*(Path(str(f)) for f in shipped), learned_path(model, kind)]
-    for file in candidates:
-        if path is None and not file.is_file():
-            continue
-        found = Learned.load(file, kind)
-        if found.identity["weights"] == identity["weights"]:
-            return found
     name = identity["name"] or identity["architecture"]
-    if path is not None:
+    if path is None:
+        path = known_file(model, kind, ".safetensors", lambda file: Learned.load(file, kind).identity)
+    if path is None:
+        raise InputError(
+            f"nothing is learned for {name} yet: train once with `python -m foveal.methods.select.{kind}_train --model {name}`"
+        )
+    found = Learned.load(path, kind)
+    if found.identity["weights"] != identity["weights"]:
         raise InputError(f"'{path}' was learned for {found.identity['name']}, not for {name}: train again")
-    raise InputError(
-        f"nothing is learned for {name} yet: train once with `python -m foveal.methods.select.{kind}_train --model {name}`"
-    )
+    return found
 
 
 def learned_path(model, kind: str) -> Path:
     """Where a user's own weights are kept."""
-    return cache_dir() / kind / f"{model_identity(model)['weights']}.safetensors"
+    return own_file(model, kind, ".safetensors")
 
 
 def load_into(module: torch.nn.Module, weights: dict[str, Tensor], prefix: str = "") -> torch.nn.Module:

@@ -75,7 +75,7 @@ class Recycled(Method):
             return All()
         marked = step.store.plane("recycled")
         if isinstance(full, Tensor) or any(full):
-            every = torch.as_tensor(full, device=step.device)[:, None, None]
+            every = self._each(step, full)[:, None, None]
             seen = (marked | every | step.new_keys) & step.store.valid
             return Subset(seen, torch.ones(1, 1, 1, dtype=torch.bool, device=step.device))
         chosen = Tokens(slots_of_mask(marked, max(2, step.most(self.budget)) - 1))
@@ -83,7 +83,7 @@ class Recycled(Method):
         return chosen
 
     def _full(self, step) -> list[bool] | Tensor:
-        """Which sequences read everything now: known on the host, or bool [batch] where looking would stall the device."""
+        """Which sequences read everything now: known on the host and by `_due` where they differ, else bool [batch] on the device."""
         counts = step.pass_.counts
         if step.most(self.budget) >= step.T:
             return [True] * len(counts)
@@ -91,9 +91,19 @@ class Recycled(Method):
         if self.similar is None or not any(due):
             return due
         moved = similarity(step, "recycled_query", step.q[:, :, 0]) < self.similar
-        if step.device.type == "cpu":
-            return [a and b for a, b in zip(due, moved.tolist(), strict=True)]
-        return moved if all(due) else moved & torch.tensor(due).to(step.device, non_blocking=True)
+        moved = moved if all(due) else moved & self._each(step, due)
+        if step.device.type != "cpu" or step.pass_.on_device is not None:  # looking would stall the device
+            return moved
+        alike = bool(moved.all() == moved.any())
+        return moved.tolist() if alike else moved
+
+    def _each(self, step, full: list[bool] | Tensor) -> Tensor:
+        """The same as bool [batch]; from the counts there, as a captured graph cannot copy from the host."""
+        if isinstance(full, Tensor):
+            return full
+        if all(full) == any(full):
+            return torch.full((len(full),), all(full), device=step.device)
+        return step.seen() % self.stride == 0
 
     def after(self, step) -> None:
         full = step.scratch.get("recycled_full", [True])
@@ -105,11 +115,11 @@ class Recycled(Method):
             if some or not all(full):
                 rest = self._without_least(step, weight, allowed)
                 if best is not None:
-                    rest = torch.where(torch.as_tensor(full, device=step.device)[:, None, None], best, rest)
+                    rest = torch.where(self._each(step, full)[:, None, None], best, rest)
                 best = rest
             step.store.set("recycled", best)
         if self.similar is not None and (some or any(full)):
-            remember(step, "recycled_query", step.q[:, :, -1], torch.as_tensor(full, device=step.device))
+            remember(step, "recycled_query", step.q[:, :, -1], self._each(step, full))
 
     def _by_pages(self, step, full: list[bool] | Tensor, allowed: int | Tensor) -> bool:
         """The same where keys lie in pages and all sequences do alike; false where nothing was done."""

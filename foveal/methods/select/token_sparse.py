@@ -62,6 +62,8 @@ class TokenSparse(Method):
             if self.layers not in ("late", "stable"):
                 raise InputError(f"layers = {self.layers!r}: expected 'late', 'stable' or indices like (8, 9, 10)")
             return
+        if not self.layers:
+            raise InputError("layers = (): expected 'late', 'stable' or indices like (8, 9, 10)")
         for i in self.layers:
             check_count("layers", i)
         object.__setattr__(self, "layers", tuple(self.layers))  # a session's signature is hashed
