@@ -12,7 +12,7 @@ import json
 import math
 from pathlib import Path
 
-from foveal.compare.table import checked_records
+from foveal.compare.rows import checked_records
 
 KEPT = ("date", "command", "model", "device", "dtype", "hardware", "versions", "seed", "samples", "workers", "notes")
 

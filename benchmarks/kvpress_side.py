@@ -80,8 +80,12 @@ def ask(options: argparse.Namespace) -> None:
     import foveal
 
     options.work.mkdir(parents=True, exist_ok=True)
-    if not (options.work / "prompts.json").exists():
+    file = options.work / "prompts.json"
+    if not file.exists():
         write_prompts(options)
+    head, asked = json.loads(file.read_text("utf-8")), ("length", "samples", "tasks", "budgets")
+    if other := [f"{k} {head[k]}" for k in asked if head[k] != getattr(options, k)]:
+        sys.exit(f"{options.work} holds prompts with {', '.join(other)}: say the same, or name another --work")
     run("foveal", options.work, options.workers, {"foveal": foveal.__version__})
 
 
@@ -305,6 +309,8 @@ def table(options: argparse.Namespace) -> None:
         for a in answers(side, options.work, timed=False):
             found[side].setdefault((a["method"], a["budget"]), {})[a["prompt"]] = a
     seconds = {side: answers(side, options.work, timed=True) for side in sides}
+    if missing := [side for side in sides if ("dense", 1.0) not in found[side]]:
+        sys.exit(f"{' and '.join(missing)} has no answers in {options.work} yet: run the other steps first")
 
     def score(a: dict) -> float:
         p = head["prompts"][a["prompt"]]

@@ -193,7 +193,7 @@ def _beside(rows: list[dict], key: tuple[str, float]) -> str:
 
 def tune(result: dict) -> str:
     """What `foveal tune` answered, its picture, and the candidates that saw every prompt."""
-    from foveal.compare.table import summary_rows
+    from foveal.compare.rows import summary_rows
 
     meta, rows = result["meta"], [r for r in summary_rows(result) if r.quality is not None and r.kv_share is not None]
     tried = [r for r in rows if not r.baseline]

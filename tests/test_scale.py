@@ -8,10 +8,10 @@ import torch
 from crews import Broken, Summer
 from models import tiny
 
-from foveal import scale
 from foveal.cli.workers import RayCommand
 from foveal.errors import InputError
 from foveal.scale import Lost, WorkersError, connect, crew
+from foveal.scale import cluster as ray_cluster
 
 
 @pytest.fixture(scope="module")
@@ -116,7 +116,7 @@ def test_a_cluster_that_cannot_be_reached_is_told_soon(some_ray, monkeypatch):
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    monkeypatch.setattr(scale, "REACH", 1.0)
+    monkeypatch.setattr(ray_cluster, "REACH", 1.0)
     with pytest.raises(InputError, match=f"cannot reach a Ray cluster at ray://127.0.0.1:{port} "):
         connect(f"ray://127.0.0.1:{port}")
     with pytest.raises(InputError, match=r"no Ray cluster runs here .*nobody answers"):

@@ -14,9 +14,8 @@ from models import tiny
 from ray.cluster_utils import Cluster
 from test_tasks import characters
 
-from foveal import scale
 from foveal.compare import compare
-from foveal.scale import Lost, WorkersError, crew
+from foveal.scale import Lost, WorkersError, crew, pool
 from foveal.tasks import get_task
 from foveal.tune import tune
 from foveal.verify import BytesAtMost, Claim
@@ -115,7 +114,7 @@ def test_tune_and_verify_give_what_one_process_gives(cluster, tools, tmp_path, m
 
 
 def test_workers_that_cannot_start_are_told(cluster, tools, monkeypatch):
-    monkeypatch.setattr(scale, "PATIENCE", 20)
+    monkeypatch.setattr(pool, "PATIENCE", 90)
     with (
         crew(Broken, *tools, workers=1, ray=cluster.address) as hands,
         pytest.raises(WorkersError, match="cannot start"),

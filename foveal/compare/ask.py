@@ -20,7 +20,7 @@ from .measure import Memory, explain, hardware, now, out_of_memory
 
 TOGETHER = 10  # questions answered as one batch on a CPU
 # On a GPU launches and not sequences bound a step: so many questions, of so many tokens together.
-MOST, TOKENS = 64, 80_000
+MOST, TOKENS = 64, 40_000
 # Where the next turn begins, the last tokens of the question before may be written as others.
 _SEAM = 4
 

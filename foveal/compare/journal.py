@@ -25,11 +25,11 @@ class Answer(NamedTuple):
 
 def conditions(model, tasks: Sequence[Task], seed: int) -> dict[str, Any]:
     """Under which conditions answers may be set side by side: the model, the contents of the tasks' files, the seed."""
-    files = sorted({str(t.data) for t in tasks if getattr(t, "data", None) and Path(t.data).is_file()})
+    files = sorted({file for task in tasks for file in task.files()})
     return {
         "model": model_identity(model) | {"name": ""},
         "dtype": str(model.dtype),
-        "files": [hashlib.sha256(Path(f).read_bytes()).hexdigest() for f in files],
+        "files": [hashlib.sha256(file.read_bytes()).hexdigest() for file in files],
         "seed": seed,
     }
 
@@ -48,14 +48,16 @@ class Journal:
     """Answers by (method as text, task key, sample key); `about` are their conditions, and files about others are refused.
 
     path: None keeps them in memory alone. What stands in the file is known from the start; `add` appends. A line that was cut off
-    when the run was killed is dropped. Raises InputError for a file that is none, of other conditions, or cannot be written.
+    when the run was killed is dropped. fresh: begin anew instead; what stands there is set aside as NAME.old.jsonl once there is a
+    first new answer, so that a run that never starts loses nothing. Raises InputError for a file that is none, of other conditions, or
+    cannot be written.
     """
 
-    def __init__(self, path: Path | None, about: dict[str, Any]):
+    def __init__(self, path: Path | None, about: dict[str, Any], fresh: bool = False):
         self.path, self.about = path, json.loads(json.dumps(about, default=str))
         self.answers: dict[tuple[str, str, tuple[int, int]], Answer] = {}
         self._end = 0  # bytes of whole lines
-        if path is not None and path.exists():
+        if path is not None and path.exists() and not fresh:
             self._read(path)
 
     def get(self, method: str, task: str, sample: Sample) -> Answer | None:
@@ -73,6 +75,8 @@ class Journal:
             return
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
+            if not self._end and self.path.exists():
+                self.path.replace(self.path.with_suffix(".old.jsonl"))
             with self.path.open("r+b" if self._end else "wb") as file:
                 file.seek(self._end)
                 file.truncate()

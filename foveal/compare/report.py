@@ -8,7 +8,9 @@ import tempfile
 from dataclasses import asdict
 from pathlib import Path
 
-from foveal.compare.table import Row, amount, front, lengths_of, markdown_table, percent, summary_rows
+from foveal.compare.rows import Row, front, lengths_of, summary_rows
+from foveal.compare.table import markdown_table
+from foveal.compare.words import amount, percent
 from foveal.errors import InputError
 from foveal.webpage import filled, inert, sha256
 

@@ -49,6 +49,7 @@ def compare(
     progress: Callable[[str, float], None] | None = None,
     command: str = "",
     journal: str | Path | None = None,
+    fresh: bool = False,
     workers: int | None = None,
     ray: str | None = None,
 ) -> Comparison:
@@ -56,11 +57,11 @@ def compare(
 
     tasks: names like "needle" or "needle(per_context=1)", or tasks; default `default_tasks()`. samples: questions per task and
     length. progress: called with a line and the share done. journal: a file that holds every answer as soon as it is given; what
-    stands in it is not asked again, also when methods, budgets, tasks, lengths or samples have been added since. workers, ray: where
-    the work is done, see `foveal.scale.crew`. A failing configuration is reported in its records and does not stop the rest; Ctrl-C
-    returns what was measured, marked so. Raises InputError before any work for unknown names, bad values, weights that are not
-    finite, lengths the model does not have, a journal of other conditions and a cluster that cannot be reached, UnsupportedModel for
-    a model that cannot be attached.
+    stands in it is not asked again, also when methods, budgets, tasks, lengths or samples have been added since; fresh: begin it anew
+    and set aside what stands there. workers, ray: where the work is done, see `foveal.scale.crew`. A failing configuration is reported
+    in its records and does not stop the rest; Ctrl-C returns what was measured, marked so. Raises InputError before any work for
+    unknown names, bad values, weights that are not finite, lengths the model does not have, a journal of other conditions and a
+    cluster that cannot be reached, UnsupportedModel for a model that cannot be attached.
     """
     configs = configurations(methods, budgets)
     chosen = default_tasks() if tasks is None else [t if isinstance(t, Task) else parse_task(t) for t in tasks]
@@ -76,7 +77,7 @@ def compare(
     check_workers(workers)
     check_weights(model)
     attach(model).close()  # a model that cannot be attached is refused before any work
-    known = Journal(None if journal is None else Path(journal), conditions(model, chosen, seed))
+    known = Journal(None if journal is None else Path(journal), conditions(model, chosen, seed), fresh)
     lengths = list(dict.fromkeys(lengths))
     run = _Run(model, tokenizer, configs, chosen, lengths, samples, seed, progress, command, known, workers, ray)
     with crew(Asker, model, tokenizer, workers=workers, ray=ray) as hands:

@@ -5,8 +5,8 @@ from dataclasses import dataclass
 
 from foveal.errors import InputError
 from foveal.tasks import scoring
-from foveal.tasks.local import wanted
-from foveal.tasks.reader import Asked, Part, Reader, load, texts
+from foveal.tasks.local import wanted, wanted_texts
+from foveal.tasks.reader import Asked, Part, Reader, Source, four, texts
 
 _HIDDEN = "Something important is hidden in a lot of irrelevant text. Find it and memorize it.\n\n{context}\n\n{input}"
 _BOOK = "Read the book and answer the question."
@@ -63,26 +63,26 @@ class InfiniteBench(Reader):
     name = "infinitebench"
     title, hub, parts = "InfiniteBench", "xinrongzhang2022/InfiniteBench", _PARTS
 
-    def rows(self):
-        return load(self, [f"{self.subset}.jsonl"], (f"{self.subset}.jsonl",))
+    def source(self):
+        return Source([f"{self.subset}.jsonl"], (f"{self.subset}.jsonl",))
 
     def ask(self, row):
-        context, asked, answer = wanted(row, ("context", "input", "answer"), self.data)
+        context, asked = wanted_texts(row, ("context", "input"), self.data)
+        (answer,) = wanted(row, ("answer",), self.data)
         if "{A}" not in self.part.template:
             return context, [Asked(self.question(input=asked), texts(answer))]
         (options,) = wanted(row, ("options",), self.data)
+        options = four(options, f"line {row['']} of {self.data}")
         golds = chosen(texts(answer), options, f"line {row['']} of {self.data}")
-        filled = self.question(input=asked, **dict(zip("ABCD", texts(options), strict=False)))
-        return context, [Asked(filled, golds)]
+        return context, [Asked(self.question(input=asked, **dict(zip("ABCD", options, strict=True))), golds)]
 
 
-def chosen(golds: tuple[str, ...], options: list, where: str) -> tuple[str, str]:
+def chosen(golds: tuple[str, ...], options: tuple[str, ...], where: str) -> tuple[str, str]:
     """The text and the letter of the right option, whichever of them is given."""
-    options = texts(options)
     for gold in golds:
         if gold in options:
             return gold, "ABCD"[options.index(gold)]
     for gold in golds:
-        if re.fullmatch("[ABCD]", gold) and "ABCD".index(gold) < len(options):
+        if re.fullmatch("[ABCD]", gold):
             return options["ABCD".index(gold)], gold
     raise InputError(f"Expected the answer among the options on {where}, got {', '.join(golds):.60}; correct it.")

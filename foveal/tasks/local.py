@@ -80,6 +80,15 @@ def wanted(row: dict[str, Any], names: tuple[str, ...], path: Path) -> list[Any]
     return [row[name] for name in names]
 
 
+def wanted_texts(row: dict[str, Any], names: tuple[str, ...], path: Path) -> list[str]:
+    """As `wanted`, for fields that must hold texts."""
+    values = wanted(row, names, path)
+    for name, value in zip(names, values, strict=True):
+        if not isinstance(value, str):
+            raise InputError(f"Expected a text as '{name}' on line {row['']} of {path}, got {value!r:.40}; correct it.")
+    return values
+
+
 def _text(path: Path, member: str | None) -> str:
     try:
         if zipfile.is_zipfile(path):

@@ -6,8 +6,8 @@ from pathlib import Path
 
 from foveal.errors import InputError
 from foveal.tasks import scoring
-from foveal.tasks.local import find, read_json, wanted
-from foveal.tasks.reader import Asked, Part, Reader, load, texts
+from foveal.tasks.local import find, read_json, wanted, wanted_texts
+from foveal.tasks.reader import Asked, Part, Reader, Source, texts
 
 _READ = "Read the text and answer the question that follows it."
 _BRIEF = "Answer from the text above, in as few words as you can, and explain nothing."
@@ -97,15 +97,22 @@ class LongBench(Reader):
         part = self.parts[self._key]
         if self.prompts is None:
             return part
-        path = find(self.prompts, ["dataset2prompt.json", "config/dataset2prompt.json"], "LongBench's prompts")
-        return replace(part, template=_official(path, self._key))
+        return replace(part, template=_official(self._prompts(), self._key))
 
-    def rows(self):
+    def source(self):
         file = f"{self.subset}.jsonl"
-        return load(self, [file, f"data/{file}", "data.zip"], ("data.zip", f"data/{file}"), file)
+        return Source([file, f"data/{file}", "data.zip"], ("data.zip", f"data/{file}"), file)
+
+    def files(self):
+        """The file with the rows, and the official prompts where they are given."""
+        return super().files() + ([] if self.prompts is None else [self._prompts()])
+
+    def _prompts(self) -> Path:
+        return find(self.prompts, ["dataset2prompt.json", "config/dataset2prompt.json"], "LongBench's prompts")
 
     def ask(self, row):
-        context, asked, answers = wanted(row, ("context", "input", "answers"), self.data)
+        context, asked = wanted_texts(row, ("context", "input"), self.data)
+        (answers,) = wanted(row, ("answers",), self.data)
         classes = texts(row.get("all_classes") or [])
         return context, [Asked(self.question(input=asked), texts(answers), classes)]
 

@@ -3,8 +3,8 @@
 from dataclasses import dataclass
 
 from foveal.errors import InputError
-from foveal.tasks.local import wanted
-from foveal.tasks.reader import Asked, Part, Reader, load
+from foveal.tasks.local import wanted_texts
+from foveal.tasks.reader import Asked, Part, Reader, Source
 from foveal.tasks.scoring import letter_of_choice
 
 _PART = Part(
@@ -30,14 +30,21 @@ class LongBenchV2(Reader):
 
     subset: str = "all"
 
+    def source(self):
+        return Source(["data.json", "data.jsonl"], ("data.json",))
+
     def rows(self):
-        rows = load(self, ["data.json", "data.jsonl"], ("data.json",))
+        rows = super().rows()
         chosen = [row for row in rows if self.subset in ("all", row.get("difficulty"), row.get("length"))]
         if not chosen:
             raise InputError(f"Expected rows of '{self.subset}' in {self.data}, found none of {len(rows):,}.")
         return chosen
 
     def ask(self, row):
-        context, question, *choices, answer = wanted(row, _FIELDS, self.data)
+        context, question, *choices, answer = wanted_texts(row, _FIELDS, self.data)
+        if answer not in ("A", "B", "C", "D"):
+            raise InputError(
+                f"Expected A, B, C or D as the answer on line {row['']} of {self.data}, got '{answer:.40}'."
+            )
         options = dict(zip("ABCD", map(str.strip, choices), strict=True))
         return context.strip(), [Asked(self.question(question=question.strip(), **options), (answer,))]

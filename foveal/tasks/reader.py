@@ -1,6 +1,7 @@
 """Shared by the readers of published benchmarks: rows of a local file, cut in the middle to the length asked for."""
 
 import random
+import re
 from abc import abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -27,6 +28,14 @@ class Part:
     max_new_tokens: int
     chat: bool = True
     first_line: bool = False
+
+
+class Source(NamedTuple):
+    """The names a set's file may have in a folder, its paths on the hub, and what it is called inside a zip archive."""
+
+    names: list[str]
+    hub: tuple[str, ...]
+    member: str | None = None
 
 
 class Asked(NamedTuple):
@@ -74,7 +83,19 @@ class Reader(Task):
                 f"Task '{self.name}' needs {self.title}: give its folder as `data`, or '{self.hub}' to fetch it."
             )
         for row in self.rows():
-            self.ask(row)
+            for one in self.ask(row)[1]:
+                self._check_golds(one, row[""])
+
+    def _check_golds(self, one: Asked, line: int) -> None:
+        """Raise for golds that the scorer cannot read, like a word where it compares numbers."""
+        try:
+            if not one.golds:
+                raise ValueError("none")
+            self._rate("0", one.golds, one.extra)
+        except (ValueError, IndexError):
+            raise InputError(
+                f"Expected answers that can be scored on line {line} of {self.data}, got {one.golds!r:.60}; correct it."
+            ) from None
 
     @property
     def _key(self) -> str:
@@ -86,8 +107,22 @@ class Reader(Task):
         return self.parts[self._key]
 
     @abstractmethod
+    def source(self) -> Source:
+        """Where the rows are."""
+
+    def file(self) -> Path:
+        """The file with the rows, here or fetched from the hub."""
+        names, hub, _ = self.source()
+        return find(self.data, names, f"{self.title}'s {names[0]}", hub)
+
+    def files(self) -> list[Path]:
+        """The file with the rows."""
+        return [self.file()]
+
     def rows(self) -> Sequence[dict[str, Any]]:
-        """The rows of the file."""
+        """The rows of the file: JSON lines, or a list in a ".json" file; read once as long as it is the same."""
+        path = self.file()
+        return _rows(path, self.source().member, path.stat().st_mtime_ns)
 
     @abstractmethod
     def ask(self, row: dict[str, Any]) -> tuple[str, list[Asked]]:
@@ -140,20 +175,15 @@ class Reader(Task):
         """The benchmark's own score of this set, from 0 to 1."""
         if self.part.first_line:
             answer = answer.lstrip("\n").split("\n")[0]
-        return self.part.scorer(answer, sample.target, sample.extra)
+        return self._rate(answer, sample.target, sample.extra)
+
+    def _rate(self, answer: str, golds: tuple[str, ...], extra: tuple[str, ...]) -> float:
+        return self.part.scorer(answer, golds, extra)
 
     def question(self, **fields: str) -> str:
         """What follows the context in the template, its fields filled in."""
         text = self.part.template.partition("{context}")[2]
-        for name, value in fields.items():
-            text = text.replace(f"{{{name}}}", value)
-        return text
-
-
-def load(task: Reader, names: list[str], hub: tuple[str, ...], member: str | None = None) -> list[dict[str, Any]]:
-    """The rows of a task's file of JSON lines, or of a list in a ".json" file; read once as long as it is the same."""
-    path = find(task.data, names, f"{task.title}'s {names[0]}", hub)
-    return _rows(path, member, path.stat().st_mtime_ns)
+        return re.sub(r"\{(\w+)\}", lambda found: fields.get(found[1], found[0]), text)
 
 
 def _cut(tokenizer, ids: list[int], kept: int) -> str:
@@ -164,10 +194,17 @@ def _cut(tokenizer, ids: list[int], kept: int) -> str:
 
 
 def texts(value: Any) -> tuple[str, ...]:
-    """A gold, or a list of golds however nested, as texts."""
+    """A gold, or a list of golds however nested, as texts; what is null is none."""
     if isinstance(value, list):
         return tuple(text for one in value for text in texts(one))
-    return (str(value),)
+    return () if value is None else (str(value),)
+
+
+def four(options: Any, where: str) -> tuple[str, ...]:
+    """The four options of a question."""
+    if len(found := texts(options)) != 4:
+        raise InputError(f"Expected four options on {where}, got {len(found)}; correct it.")
+    return found
 
 
 @lru_cache(maxsize=4)

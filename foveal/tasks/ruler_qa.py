@@ -1,12 +1,12 @@
 """RULER-style tasks, regenerated: questions on documents among distracting ones, from a local SQuAD or HotpotQA."""
 
 import random
-from abc import abstractmethod
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
+from typing import ClassVar
 
 from foveal.errors import InputError
 from foveal.tasks.drafted import Draft, Prompt
@@ -37,6 +37,10 @@ class DocumentQuestions(Ruler):
 
     scorer = staticmethod(string_match_part)
     needs_data = True
+    # What the data set is called, the names its file may have, and what reads it.
+    what = ""
+    names: ClassVar[tuple[str, ...]] = ()
+    parse: ClassVar[Callable[[Path], tuple[tuple[Question, ...], tuple[str, ...]]]]
 
     data: str | Path | None = None
     max_new_tokens: int = 32
@@ -45,9 +49,15 @@ class DocumentQuestions(Ruler):
         super().__post_init__()
         self.read()  # a missing or wrong file is told before work starts
 
-    @abstractmethod
     def read(self) -> tuple[tuple[Question, ...], tuple[str, ...]]:
         """All questions and all documents."""
+        return self.parse(*self.files())
+
+    def files(self) -> list[Path]:
+        """The file of the data set."""
+        if self.data is None:
+            raise InputError(f"Task '{self.name}' needs a local {self.what}: give its folder or file as `data`.")
+        return [find(self.data, list(self.names), self.what)]
 
     def samples(self, tokenizer, length, n, seed=0, query_aware=False, positions=None):
         self._check(tokenizer, length, n, positions)
@@ -83,46 +93,21 @@ class DocumentQuestions(Ruler):
         return Draft(len(question.needed), build, len(chosen))
 
 
-class Squad(DocumentQuestions):
-    """SQuAD 2.0, questions that have an answer (data: dev-v2.0.json or squad.json).
-
-    Other paragraphs of the same article are the first to distract.
-    """
-
-    name = "qa_1"
-
-    def read(self):
-        return _squad(_file(self, "SQuAD 2.0", ["squad.json", "dev-v2.0.json"]))
-
-
-class HotpotQA(DocumentQuestions):
-    """HotpotQA with its ten paragraphs each (data: hotpot_dev_distractor_v1.json or hotpotqa.json)."""
-
-    name = "qa_2"
-
-    def read(self):
-        return _hotpotqa(_file(self, "HotpotQA", ["hotpotqa.json", "hotpot_dev_distractor_v1.json"]))
-
-
-def _file(task: DocumentQuestions, what: str, names: list[str]) -> Path:
-    if task.data is None:
-        raise InputError(f"Task '{task.name}' needs a local {what}: give its folder or file as `data`.")
-    return find(task.data, names, what)
-
-
 @cache
 def _squad(path: Path) -> tuple[tuple[Question, ...], tuple[str, ...]]:
     with _as_expected(path, "SQuAD 2.0"):
-        articles = [[(p["context"], p["qas"]) for p in article["paragraphs"]] for article in read_json(path)["data"]]
+        articles = [
+            [(_text(p["context"]), p["qas"]) for p in article["paragraphs"]] for article in read_json(path)["data"]
+        ]
         numbers = _numbered([text for article in articles for text, _ in article])
         questions = []
         for article in articles:
             for text, asked in article:
                 near = tuple(dict.fromkeys(numbers[other] for other, _ in article if other != text))
                 for q in asked:
-                    if not q.get("is_impossible", False):
-                        golds = tuple(dict.fromkeys(answer["text"] for answer in q["answers"]))
-                        questions.append(Question(q["question"], golds, (numbers[text],), near))
+                    golds = tuple(dict.fromkeys(_text(answer["text"]) for answer in q["answers"]))
+                    if golds and not q.get("is_impossible", False):
+                        questions.append(Question(_text(q["question"]), golds, (numbers[text],), near))
     return _some(questions, path), tuple(numbers)
 
 
@@ -130,7 +115,11 @@ def _squad(path: Path) -> tuple[tuple[Question, ...], tuple[str, ...]]:
 def _hotpotqa(path: Path) -> tuple[tuple[Question, ...], tuple[str, ...]]:
     with _as_expected(path, "HotpotQA"):
         rows = [
-            (row["question"], row["answer"], [f"{title}\n{''.join(parts)}" for title, parts in row["context"]])
+            (
+                _text(row["question"]),
+                _text(row["answer"]),
+                [f"{title}\n{''.join(parts)}" for title, parts in row["context"]],
+            )
             for row in read_json(path)
         ]
         numbers = _numbered([text for _, _, texts in rows for text in texts])
@@ -143,6 +132,12 @@ def _hotpotqa(path: Path) -> tuple[tuple[Question, ...], tuple[str, ...]]:
 
 def _numbered(texts: Sequence[str]) -> dict[str, int]:
     return {text: i for i, text in enumerate(sorted(set(texts)))}
+
+
+def _text(value: object) -> str:
+    if not isinstance(value, str):
+        raise TypeError(f"expected a text, got {value!r:.40}")
+    return value
 
 
 def _some(questions: list[Question], path: Path) -> tuple[Question, ...]:
@@ -161,3 +156,20 @@ def _as_expected(path: Path, what: str) -> Iterator[None]:
         raise InputError(
             f"Expected {what} in {path}, but its fields are others ({type(error).__name__}: {error}); give the original."
         ) from error
+
+
+class Squad(DocumentQuestions):
+    """SQuAD 2.0, questions that have an answer (data: dev-v2.0.json or squad.json).
+
+    Other paragraphs of the same article are the first to distract.
+    """
+
+    name = "qa_1"
+    what, names, parse = "SQuAD 2.0", ("squad.json", "dev-v2.0.json"), staticmethod(_squad)
+
+
+class HotpotQA(DocumentQuestions):
+    """HotpotQA with its ten paragraphs each (data: hotpot_dev_distractor_v1.json or hotpotqa.json)."""
+
+    name = "qa_2"
+    what, names, parse = "HotpotQA", ("hotpotqa.json", "hotpot_dev_distractor_v1.json"), staticmethod(_hotpotqa)

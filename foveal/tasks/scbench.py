@@ -4,9 +4,9 @@ from dataclasses import dataclass
 
 from foveal.errors import InputError
 from foveal.tasks import scoring
-from foveal.tasks.local import wanted
-from foveal.tasks.reader import Asked, Part, Reader, load, texts
-from foveal.tasks.task import Sample, Turn
+from foveal.tasks.local import wanted, wanted_texts
+from foveal.tasks.reader import Asked, Part, Reader, Source, four, texts
+from foveal.tasks.task import Turn
 
 _PLAIN = "{context}\n\n{input}"
 _BOOK = "Read the book and answer the question."
@@ -63,31 +63,34 @@ class SCBench(Reader):
             raise InputError(f"Expected mode to be 'turns' or 'requests', got {self.mode!r}; choose one.")
         super().__post_init__()
 
-    def rows(self):
+    def source(self):
         file = f"scbench_{self.subset}.jsonl"
-        return load(self, [file, f"data/{file}"], (f"data/{file}",))
+        return Source([file, f"data/{file}"], (f"data/{file}",))
 
     def ask(self, row):
         (turns,) = wanted(row, ("multi_turns",), self.data)
-        (context,) = wanted(row, ("context",) if "context" in row else ("input",), self.data)
-        if not isinstance(turns, list) or not turns:
+        (context,) = wanted_texts(row, ("context",) if "context" in row else ("input",), self.data)
+        if not isinstance(turns, list) or not turns or not all(isinstance(turn, dict) for turn in turns):
             raise InputError(
                 f"Expected a list of turns on line {row['']} of {self.data}, got {turns!r:.40}; correct it."
             )
         return context, [self._turn(turn | {"": row[""]}) for turn in turns]
 
     def _turn(self, turn: dict) -> Asked:
-        asked, answer = wanted(turn, ("input", "answer"), self.data)
+        where = f"line {turn['']} of {self.data}"
+        (asked,), (answer,) = wanted_texts(turn, ("input",), self.data), wanted(turn, ("answer",), self.data)
         extra: tuple[str, ...] = ()
         if self.subset == "summary_with_needles":
             (kind,) = wanted(turn, ("task",), self.data)
             if kind not in _MIXED:
                 raise InputError(
-                    f"Expected one of {', '.join(_MIXED)} as the task of a turn on line {turn['']} of {self.data}, got "
-                    f"'{kind}'; correct it."
+                    f"Expected one of {', '.join(_MIXED)} as the task of a turn on {where}, got '{kind}'; correct it."
                 )
             extra = (kind,)
-        options = dict(zip("ABCD", texts(turn.get("options") or []), strict=False))
+        options: dict[str, str] = {}
+        if "{A}" in self.part.template:
+            (found,) = wanted(turn, ("options",), self.data)
+            options = dict(zip("ABCD", four(found, where), strict=True))
         return Asked(self.question(input=asked, **options), texts(answer), extra)
 
     def talks(self, asked: list[Asked]) -> list[list[Turn]]:
@@ -99,8 +102,6 @@ class SCBench(Reader):
         later = [(question.lstrip("\n"), lead, answer) for question, lead, answer in turns]
         return [[turns[0], *later[1 : i + 1]] for i in range(len(turns))]
 
-    def score(self, sample: Sample, answer: str) -> float:
+    def _rate(self, answer, golds, extra):
         """The set's official score, or that of the turn's own task."""
-        if sample.extra:
-            return _MIXED[sample.extra[0]](answer, sample.target, ())
-        return super().score(sample, answer)
+        return _MIXED[extra[0]](answer, golds, ()) if extra else super()._rate(answer, golds, extra)

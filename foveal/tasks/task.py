@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from itertools import cycle, pairwise
+from pathlib import Path
 
 from foveal.errors import InputError
 
@@ -77,6 +78,10 @@ class Task(ABC):
     @abstractmethod
     def score(self, sample: Sample, answer: str | Sequence[float]) -> float:
         """The score of one answer: text for kind "generate", nats per target token for kind "nll"."""
+
+    def files(self) -> list[Path]:
+        """The files of a data set that the samples are made from; generated tasks have none."""
+        return []
 
     def prepare(self, model, samples: list[Sample]) -> list[Sample]:
         """What only the dense model can tell about the samples (which tokens count), filled in; most tasks ask nothing."""

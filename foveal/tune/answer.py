@@ -13,7 +13,8 @@ from .. import __version__
 from ..compare.measure import hardware
 from ..compare.plan import Config
 from ..compare.records import Comparison
-from ..compare.table import Row, number, percent
+from ..compare.rows import Row
+from ..compare.words import number, percent
 from ..hub import model_identity
 from ..profile import Profile
 from ..spec import written

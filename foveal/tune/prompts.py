@@ -45,6 +45,10 @@ class Prompts(Task):
                 )
         return rows
 
+    def files(self) -> list[Path]:
+        """The file of prompts."""
+        return [self.data]
+
     def samples(self, tokenizer, length, n, seed=0, query_aware=False, positions=None) -> list[Sample]:
         """The first `n` prompts in an order drawn by the seed; `length` is the most tokens, new ones included."""
         rows, found = self.rows(), []

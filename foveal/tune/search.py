@@ -18,8 +18,8 @@ from ..compare.ask import Asked, Asker, Failed, Questions, Texts, Unready, chunk
 from ..compare.journal import Answer, Journal, conditions
 from ..compare.plan import Config, configurations, default_tasks
 from ..compare.records import Comparison, Record, filled
+from ..compare.rows import Row, summary_rows
 from ..compare.run import PARTS
-from ..compare.table import Row, summary_rows
 from ..errors import InputError
 from ..hub import check_weights
 from ..method import Method, check_count, get_method, methods

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import tempfile
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 
@@ -26,8 +26,8 @@ from .experiments import DENSE, Cell, Experiment
 QUESTIONS, TEXTS, SCORED = 20, 4, 64
 """Questions of a task, texts to go on with, and tokens scored of each text."""
 PROMPT, STEPS = 96, 8  # tokens read and decoded where logits are compared
-QUICK = {"length": 512, "questions": 4, "prompts": 2, "texts": 1, "scored": 16}
-"""The most a quick run asks; `prompts`: questions that are part of a prompt of their own."""
+QUICK = {"length": 384, "questions": 2, "prompts": 1, "answer": 8, "texts": 1, "scored": 8}
+"""The most a quick run asks. `prompts`: questions that are part of a prompt; `answer`: tokens of an answer, as many as a needle's."""
 RANDOM = "{random}"
 _RECORDINGS = 1 << 31  # bytes of readings kept for the next claims
 
@@ -173,11 +173,15 @@ class Lab:
         return cell._replace(n=n)
 
     def _task(self, name: str) -> Task:
-        if name == "needle":  # four questions on one document: one reading serves them all
-            return get_task(name, per_context=4)
+        options = {}
+        if name == "needle":  # a few questions on one document: one reading serves them all
+            options = {"per_context": QUICK["questions"] if self.quick else 4}
         if name == "perplexity":
-            return get_task(name, max_new_tokens=QUICK["scored"] if self.quick else SCORED)
-        return get_task(name)
+            options = {"max_new_tokens": QUICK["scored"] if self.quick else SCORED}
+        task = get_task(name, **options)
+        if self.quick and task.kind == "generate":
+            return replace(task, max_new_tokens=min(task.max_new_tokens, QUICK["answer"]))
+        return task
 
     def _asked(self, cell: Cell) -> tuple[Task, list[Sample]]:
         if cell not in self._samples:
@@ -217,15 +221,29 @@ class Lab:
         )
 
     def _read(self, context: tuple[int, ...], cell: Cell, method: Method | None) -> Recording:
-        """A dense reading with the statistics that this arm and all planned ones need on the cell; the latest ones are kept."""
+        """A dense reading with the statistics that this arm and all planned ones need on the cell, kept for the next arm."""
         key = (context, cell)
         known = self._recordings.get(key)
         if known is None or not _statistics(method) <= set(next(iter(known.layers.values())).stats):
+            self._recordings.pop(key, None)
             ids = torch.tensor([context], device=self.model.device)
-            self._recordings[key] = record(self.model, ids, [*self._wanted.get(cell, []), method])
-            while len(self._recordings) > 1 and sum(map(_size, self._recordings.values())) > _RECORDINGS:
-                self._recordings.pop(next(iter(self._recordings)))
-        return self._recordings[key]
+            known = record(self.model, ids, [*self._wanted.get(cell, []), method])
+            self._remember(key, known)
+        return known
+
+    def _remember(self, key: tuple, reading: Recording) -> None:
+        """Keep a reading if there is room. Those of other cells make way, those of its own do not: every arm goes through a cell from its
+        first text on, so what would make way is what the next arm asks for first."""
+        room = _RECORDINGS - _size(reading)
+        for other in [k for k in self._recordings if k[1] != key[1]]:
+            if self._held() <= room:
+                break
+            del self._recordings[other]
+        if self._held() <= room:
+            self._recordings[key] = reading
+
+    def _held(self) -> int:
+        return sum(map(_size, self._recordings.values()))
 
     def _go_on(self, session: Session, task: Task, chunk: list[Sample], stores: dict[tuple, Store]) -> list[float]:
         """Scores of the answers, or nats of the tokens, from caches that hold the contexts."""

@@ -30,6 +30,16 @@ from .experiments import FAILS, HOLDS, VOID, Experiment
 from .lab import QUICK, Lab, named
 
 UNTESTABLE = "not testable here"
+_META = {
+    "model",
+    "model_identity",
+    "dtype",
+    "hardware",
+    "seed",
+    "seconds",
+    "asked",
+    "date",
+}  # what is read again, here and for tables
 
 
 @dataclass
@@ -242,8 +252,12 @@ class _Verify:
             "versions": versions | {"python": platform.python_version()},
             "seed": self.seed,
             "seconds": round(proof.seconds, 1),
-            "asked": QUICK if self.quick else None,
+            "asked": self._most_asked,
         }
+
+    @property
+    def _most_asked(self) -> dict[str, int] | None:
+        return QUICK if self.quick else None
 
     # ------------------------------------------------------------------ files
 
@@ -261,7 +275,8 @@ class _Verify:
             )
         if again or (result.verdict == UNTESTABLE and claim.experiments):  # what was lacking may be there now
             return None
-        return result if result.plan == _plan(claim) and result.meta["seed"] == self.seed else None
+        same = result.plan == _plan(claim) and result.meta["seed"] == self.seed
+        return result if same and result.meta["asked"] == self._most_asked else None
 
 
 def together(parts: Sequence[tuple[str, str]]) -> tuple[str, str] | None:
@@ -279,11 +294,14 @@ def together(parts: Sequence[tuple[str, str]]) -> tuple[str, str] | None:
 def read(file: str | Path) -> Result:
     """A result from its file; raises InputError where that is damaged."""
     try:
-        return Result(**json.loads(Path(file).read_text(encoding="utf-8")))
+        result = Result(**json.loads(Path(file).read_text(encoding="utf-8")))
+        if lacking := _META - set(result.meta):
+            raise ValueError(f"no {', '.join(sorted(lacking))} in its meta")
     except (OSError, ValueError, TypeError) as error:
         raise InputError(
             f"expected a result of `foveal verify`, but '{file}' is not one ({error}): remove it"
         ) from error
+    return result
 
 
 def _write(data: dict, file: Path) -> None:

@@ -13,8 +13,8 @@ from .lab import QUICK
 from .run import UNTESTABLE, Result
 
 QUICKLY = (
-    "quick: every line was applied, to at most {questions} questions ({prompts} of a prompt each) or {scored} tokens of {texts} text, "
-    "at {length} tokens. "
+    "quick: every line was applied, to at most {questions} questions ({prompts} of a prompt of its own) with answers of {answer} tokens, "
+    "or {scored} tokens of {texts} text, at {length} tokens. "
     "That shows that all works and decides nothing; the same command without --quick does."
 ).format(**QUICK)
 """What to say below the table of a quick run."""

@@ -65,6 +65,20 @@ def test_a_line_that_was_cut_off_is_dropped_and_written_over(tmp_path):
         Journal(path, ABOUT)
 
 
+def test_a_run_that_begins_anew_sets_aside_what_stands_there_and_only_with_its_first_answer(model, tokenizer, tmp_path):
+    path, old = tmp_path / "answers.jsonl", tmp_path / "answers.old.jsonl"
+    path.write_text("what cost hours\n")
+    with pytest.raises(InputError, match="positions"):
+        run(model, tokenizer, journal=path, fresh=True, lengths=(100_000,))
+    assert path.read_text() == "what cost hours\n" and not old.exists()
+    plan = {"methods": ("h2o",), "budgets": (0.5,), "lengths": (640,), "samples": 1, "journal": path}
+    first = run(model, tokenizer, **plan, fresh=True)
+    assert old.read_text() == "what cost hours\n"
+    again = Journal(path, conditions(model, tasks(), 0))
+    assert {method.split("(")[0] for method, _, _ in again.answers} == {"dense", "h2o"}
+    assert told(run(model, tokenizer, **plan)) == told(first)
+
+
 @pytest.mark.parametrize("text", ["[]\n", '{"format": "other", "about": {}}\n', "hello\n", '{"about": {}}\n'])
 def test_files_of_others_are_refused(text, tmp_path):
     (tmp_path / "a").write_text(text)
@@ -88,6 +102,22 @@ def test_answers_under_other_conditions_are_refused(tmp_path, model):
     for other, what in ((conditions(model, [], 1), "seed"), (conditions(tiny("qwen2"), [], 0), "model")):
         with pytest.raises(InputError, match=f"other conditions .*{what}.* differ"):
             Journal(path, other)
+
+
+def test_answers_on_other_data_are_refused_also_where_the_data_stands_in_a_folder(tmp_path, model):
+    row = {"context": "c", "input": "q", "answers": ["a"]}
+    (tmp_path / "qasper.jsonl").write_text(json.dumps(row))
+    (tmp_path / "dataset2prompt.json").write_text('{"qasper": "{context} {input}"}')
+    task = get_task("longbench:qasper", data=tmp_path, prompts=tmp_path)
+    path = tmp_path / "a"
+    Journal(path, conditions(model, [task], 0)).add("dense", "t", [(sample(0), Answer([1.0], (1, 1)))])
+    Journal(path, conditions(model, [task], 0))
+    for name, text in (("qasper.jsonl", json.dumps(row | {"input": "p"})), ("dataset2prompt.json", "{}")):
+        before = (tmp_path / name).read_text()
+        (tmp_path / name).write_text(text)
+        with pytest.raises(InputError, match=r"other conditions \(files differ\)"):
+            Journal(path, conditions(model, [task], 0))
+        (tmp_path / name).write_text(before)
 
 
 def test_samples_of_every_generated_task_have_keys_of_their_own(tokenizer):

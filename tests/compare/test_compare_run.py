@@ -11,7 +11,8 @@ from models import tiny
 import foveal
 from foveal.compare.drive import answer, follow
 from foveal.compare.plan import configurations
-from foveal.compare.table import markdown_table, summary_rows
+from foveal.compare.rows import summary_rows
+from foveal.compare.table import markdown_table
 from foveal.errors import UnsupportedModel
 from foveal.tasks import get_task
 

@@ -14,7 +14,7 @@ from foveal.compare import Comparison, Record
 from foveal.compare.ask import Asker
 from foveal.compare.drive import answer
 from foveal.compare.records import filled
-from foveal.compare.table import summary_rows
+from foveal.compare.rows import summary_rows
 from foveal.errors import InputError
 from foveal.spec import parse_task, split
 from foveal.stats import paired_bootstrap

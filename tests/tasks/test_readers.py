@@ -10,6 +10,7 @@ from test_tasks import characters, text
 from foveal.errors import InputError
 from foveal.tasks import get_task
 
+CHOICES = ("choice_A", "choice_B", "choice_C", "choice_D")
 LONG = " ".join(f"Paragraph {i} speaks of number {i * 7}." for i in range(200))
 
 
@@ -91,6 +92,9 @@ def test_braces_in_the_data_are_left_alone(tmp_path):
     longbench(tmp_path, "hotpotqa", context="{input} {context} {0}", input="{context} {x}")
     _, context, question = made(get_task("longbench:hotpotqa", data=tmp_path))[0]
     assert context.endswith("{input} {context} {0}") and "Question: {context} {x}\n" in question
+    row = {"context": "c", "input": "Is {B} set?", "answer": "A", "options": ["x", "{C}", "z", "w"]}
+    task = get_task("infinitebench:longbook_choice_eng", data=write(tmp_path / "choice.jsonl", [row]))
+    assert "Question: Is {B} set?\nA. x\nB. {C}\nC. z\n" in made(task)[0][2]
 
 
 def test_contexts_are_cut_in_the_middle_to_the_length_or_passed_over(tmp_path):
@@ -168,6 +172,10 @@ def test_what_cannot_be_found_or_fetched_is_told(tmp_path, monkeypatch):
         ('{"context": "c", "input": ', "Expected a JSON object on line 3 of"),
         ("[1, 2]", "Expected a JSON object on line 3 of"),
         ('{"context": "c", "input": "q"}', "Expected the field 'answers' on line 3 of .*, found context, input"),
+        ('{"context": null, "input": "q", "answers": ["a"]}', "Expected a text as 'context' on line 3 of .*, got None"),
+        ('{"context": "c", "input": 5, "answers": ["a"]}', "Expected a text as 'input' on line 3 of .*, got 5"),
+        ('{"context": "c", "input": "q", "answers": []}', r"answers that can be scored on line 3 of .*, got \(\)"),
+        ('{"context": "c", "input": "q", "answers": null}', r"answers that can be scored on line 3 of .*, got \(\)"),
     ],
 )
 def test_malformed_lines_are_named_before_any_work(tmp_path, line, said):
@@ -175,6 +183,41 @@ def test_malformed_lines_are_named_before_any_work(tmp_path, line, said):
     (tmp_path / "qasper.jsonl").write_text(f"{good}\n\n{line}\n{good}\n")
     with pytest.raises(InputError, match=said):
         get_task("longbench:qasper", data=tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("name", "row", "said"),
+    [
+        ("longbench:passage_count", {"answers": ["me"]}, r"answers that can be scored on line 1 .*, got \('me',\)"),
+        ("infinitebench:code_run", {"answer": ["eight"]}, "answers that can be scored on line 1"),
+        ("infinitebench:math_find", {"answer": "much"}, "answers that can be scored on line 1"),
+        (
+            "infinitebench:longbook_choice_eng",
+            {"answer": "x", "options": ["x", "y", "z"]},
+            "four options on line 1 .*got 3",
+        ),
+        (
+            "scbench:choice_eng",
+            {"multi_turns": [{"input": "q", "answer": "A"}]},
+            "Expected the field 'options' on line 1",
+        ),
+        ("scbench:kv", {"multi_turns": ["q"]}, r"Expected a list of turns on line 1 of .*, got \['q'\]"),
+        (
+            "longbench-v2",
+            {"question": "q", "answer": "E"} | dict.fromkeys(CHOICES, "c"),
+            "A, B, C or D .* line 1 .*got 'E'",
+        ),
+        (
+            "longbench-v2",
+            {"question": "q", "answer": "A"} | dict.fromkeys(CHOICES, 3),
+            "a text as 'choice_A' on line 1",
+        ),
+    ],
+)
+def test_answers_that_cannot_be_scored_are_named_before_any_work(tmp_path, name, row, said):
+    file = write(tmp_path / "rows.jsonl", [{"context": "c", "input": "q"} | row])
+    with pytest.raises(InputError, match=said):
+        get_task(name, data=file)
 
 
 def test_empty_files_and_other_encodings_are_refused(tmp_path):
@@ -427,6 +470,13 @@ def test_question_answering_needs_its_data_in_the_original_format(tmp_path):
     (tmp_path / "hotpotqa.json").write_text('[{"question": "q"}]')
     with pytest.raises(InputError, match=r"Expected HotpotQA in .* its fields are others \(KeyError: 'answer'\)"):
         get_task("qa_2", data=tmp_path)
+    (tmp_path / "hotpotqa.json").write_text('[{"question": "q", "answer": null, "context": []}]')
+    with pytest.raises(InputError, match="expected a text, got None"):
+        get_task("qa_2", data=tmp_path / "hotpotqa.json")
+    unanswered = {"context": "c", "qas": [{"question": "q", "answers": []}]}
+    (tmp_path / "none.json").write_text(json.dumps({"data": [{"paragraphs": [unanswered]}]}))
+    with pytest.raises(InputError, match=r"questions with an answer in .*, found none"):
+        get_task("qa_1", data=tmp_path / "none.json")
     (tmp_path / "squad.json").write_text('{"data": []}')
     with pytest.raises(InputError, match=r"questions with an answer in .*, found none"):
         get_task("qa_1", data=tmp_path)

@@ -12,7 +12,7 @@ import foveal
 from foveal.compare.ask import Asker
 from foveal.compare.plan import Config
 from foveal.compare.report import render
-from foveal.compare.table import Row, Score, front
+from foveal.compare.rows import Row, Score, front
 from foveal.errors import InputError
 from foveal.profile import load_profile
 from foveal.spec import written

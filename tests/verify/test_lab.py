@@ -134,17 +134,49 @@ def test_readings_are_let_go_of_when_they_fill_their_room(tools, monkeypatch):
     monkeypatch.setattr(lab_module, "_RECORDINGS", 1)
     lab = Lab(model, tokenizer)
     kept = lab.scores("dense", TEXT)
-    assert len(lab._recordings) == 1
+    assert not lab._recordings
     assert kept.values == pytest.approx(Lab(model, tokenizer).scores("dense", TEXT).values)
+
+
+def test_readings_make_way_for_another_cell_but_not_for_one_another(tools, monkeypatch):
+    """Two of three texts fit: each arm reads only the third again, where the oldest making way would have it read all."""
+    model, tokenizer = tools
+    lab, read = Lab(model, tokenizer), []
+    arms = ("dense", "quest(budget=0.25, skip=0)", "quest(budget=0.5, skip=0)")
+    real = lab_module.record
+    monkeypatch.setattr(lab_module, "record", lambda model, ids, methods: read.append(ids) or real(model, ids, methods))
+    monkeypatch.setattr(lab_module, "_size", lambda recording: 1)
+    monkeypatch.setattr(lab_module, "_RECORDINGS", 2)
+    got = [lab.scores(arm, TEXT).values for arm in arms]
+    first, second, third = (torch.tensor([s.context]) for s in texts(tokenizer))
+    want = [first, second, third, third, third]
+    assert len(read) == len(want) and all(map(torch.equal, read, want))
+    assert got[2] == pytest.approx(Lab(model, tokenizer).scores(arms[2], TEXT).values)
+    other = TEXT._replace(draw=1, n=2)
+    lab.scores("dense", other)
+    assert {cell for _, cell in lab._recordings} == {other} and len(lab._recordings) == 2
 
 
 def test_a_quick_run_asks_less(tools):
     model, tokenizer = tools
     lab = Lab(model, tokenizer, quick=True)
     got = lab.scores("dense", Cell("perplexity", 1024, None))
-    assert (len(got.values), got.documents) == (16, 1)  # on 512 tokens
-    assert lab._fit(Cell("needle", 1024, None)) == Cell("needle", 512, 4)
+    assert (len(got.values), got.documents) == (8, 1)  # on 384 tokens
+    assert lab._fit(Cell("needle", 1024, None)) == Cell("needle", 384, 2)
+    assert lab._fit(Cell("needle", 1024, 16, query_aware=True)) == Cell("needle", 384, 1, query_aware=True)
+    assert lab._fit(Cell("needle", 256, 1, 1, True)) == Cell("needle", 256, 1, 1, True)
     assert Lab(model, tokenizer)._fit(Cell("needle", 1024, None)) == Cell("needle", 1024, QUESTIONS)
+
+
+def test_the_quick_needles_are_asked_of_one_document_and_answered_in_as_many_tokens_as_they_have(tools, monkeypatch):
+    model, tokenizer = tools
+    most = []
+    monkeypatch.setattr(lab_module, "answer", lambda model, store, qs, n, stops: most.append(n) or [[65]] * len(qs))
+    monkeypatch.setitem(lab_module.QUICK, "length", 1400)  # a token here is a letter
+    quick = Lab(model, tokenizer, quick=True).scores("dense", Cell("needle", 1400, None))
+    assert (len(quick.values), quick.documents) == (2, 1)
+    Lab(model, tokenizer).scores("dense", Cell("needle", 1400, 2))
+    assert most == [8, 12]
 
 
 def test_another_draw_asks_other_samples(tools):

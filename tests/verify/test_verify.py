@@ -86,6 +86,13 @@ def test_finished_claims_are_not_repeated(tools, known, tmp_path, monkeypatch):
     assert read(tmp_path / "duo.json").verdict == "holds"
 
 
+def test_a_quick_claim_that_was_asked_less_is_asked_again(tools, known, tmp_path, monkeypatch):
+    verify(*tools, ["h2o"], out=tmp_path, quick=True)
+    assert verify(*tools, ["h2o"], out=tmp_path, quick=True).again == []
+    monkeypatch.setattr(run_module, "QUICK", run_module.QUICK | {"length": 330})
+    assert verify(*tools, ["h2o"], out=tmp_path, quick=True).again == ["h2o"]
+
+
 def test_what_was_lacking_may_be_there_later(tools, known, tmp_path):
     verify(*tools, ["quest", "razor"], out=tmp_path)
     assert verify(*tools, ["quest", "razor"], out=tmp_path).again == ["quest"]  # razor's claim has no experiment at all
@@ -150,9 +157,17 @@ def test_bad_requests_are_refused_before_any_work(tools, known, tmp_path):
     known["duo"] = Claim("w", experiments=(StaysNear("h2o", "neddle", 0.1),))
     with pytest.raises(InputError, match="got 'neddle'"):
         verify(*tools, ["duo"])
-    (tmp_path / "h2o.json").write_text("{")
-    with pytest.raises(InputError, match="is not one"):
-        verify(*tools, ["h2o"], out=tmp_path)
+    verify(*tools, ["razor"], out=tmp_path)
+    whole = json.loads((tmp_path / "razor.json").read_text())
+    torn = (
+        ("{", "Expecting"),
+        ("[]", "mapping"),
+        (json.dumps(whole | {"meta": {"seed": 0}}), "no asked, date, dtype,"),
+    )
+    for text, why in torn:
+        (tmp_path / "h2o.json").write_text(text)
+        with pytest.raises(InputError, match=rf"h2o\.json' is not one .*{why}.*: remove it"):
+            verify(*tools, ["h2o"], out=tmp_path)
 
 
 def test_progress_never_goes_back_and_ends_at_one(tools, known):
@@ -212,7 +227,7 @@ def test_the_command_writes_and_tells(command, tmp_path):
 
 
 def test_a_quick_command_says_how_little_it_asked(command):
-    said = "at most 4 questions (2 of a prompt each) or 16 tokens of 1 text, at 512 tokens. That shows that all works and decides nothing"
+    said = "at most 2 questions (1 of a prompt of its own) with answers of 8 tokens, or 8 tokens of 1 text, at 384 tokens. That shows"
     assert said in " ".join(command("--all", "--quick").output.split())
     assert said not in " ".join(command("--all").output.split())
 

@@ -77,6 +77,13 @@
     }
   }
 
+  const brief = (name) => (name.length > 20 ? `${name.slice(0, 19)}…` : name); // beside a point; whole in the legend
+  const ruler = document.createElement("canvas").getContext("2d");
+  function written(text) { // its width in a plot, in pixels
+    ruler.font = `12px ${getComputedStyle(document.body).fontFamily}`;
+    return ruler.measureText(text).width;
+  }
+
   // ---- table
   function columns() {
     const at_length = rows().find((r) => r.speed_length)?.speed_length;
@@ -203,14 +210,15 @@
       named.label = { show: true, position: byShare && named.value[0] > 0.75 ? "bottom" : "right" };
       out.push({ ...shared, type: "line", data: mine, symbol: `path://${shape(name)}`, symbolSize: 10, showAllSymbol: true,
         lineStyle: { width: 2, type: series.indexOf(name) >= 8 ? "dashed" : "solid" }, emphasis: { focus: "series", scale: 1.4 },
-        label: { formatter: () => name, distance: 7, width: 120, overflow: "truncate", color: colour(name), fontSize: 12, textBorderColor: ink.card, textBorderWidth: 3 } });
+        label: { formatter: () => brief(name), distance: 7, color: colour(name), fontSize: 12, textBorderColor: ink.card, textBorderWidth: 3 } });
       const bars = mine.map((p) => [p.value[0], quality(p.row).low, quality(p.row).high]).filter((b) => has(b[1]) && has(b[2]));
       out.push({ ...shared, z: 2, type: "custom", renderItem: whisker, data: bars, encode: { x: 0, y: [1, 2] }, silent: true, tooltip: { show: false } });
     }
     const dense = points(rows().filter((r) => r.baseline));
+    for (const point of dense) point.label = { show: true, position: "top" };
     if (dense.length) {
       out.push({ name: "dense", type: "line", color: ink.soft, data: dense, symbol: `path://${BASELINE_SHAPE}`, symbolSize: 16, z: 4,
-        label: { show: true, formatter: () => "dense", position: "top", color: ink.text, fontSize: 12, textBorderColor: ink.card, textBorderWidth: 3 },
+        label: { formatter: () => "dense", color: ink.text, fontSize: 12, textBorderColor: ink.card, textBorderWidth: 3 },
         markLine: { silent: true, symbol: "none", label: { show: false }, lineStyle: { color: ink.soft, type: [4, 4], width: 1 }, data: [{ yAxis: dense[0].value[1] }] } });
     }
     if (byShare && state.share === "kv" && state.task === null) {
@@ -226,13 +234,14 @@
     const ends = rows().flatMap((r) => [quality(r).low, quality(r).y, quality(r).high]).filter(has);
     return {
       animationDuration: 250, aria: { enabled: false }, textStyle: { fontFamily: "inherit" },
-      grid: { left: 54, right: byShare ? 26 : 20 + 5 * Math.min(14, Math.max(...series.map((s) => s.length), 4)), top: 34, bottom: 48 },
+      grid: { left: 54, right: byShare ? 26 : 20 + 5 * Math.min(14, Math.max(...series.map((s) => s.length), 4)), top: 52, bottom: 48 },
       xAxis: { ...axis, type: "value", name: xName, nameLocation: "middle", nameGap: 30, scale: !byShare, min: byShare ? 0 : null,
         axisLabel: { ...axis.axisLabel, formatter: xForm, hideOverlap: true } },
       yAxis: { ...axis, type: "value", scale: true, min: state.task === null && Math.min(...ends) < 0.6 ? 0 : null,
         name: state.task === null ? "mean score, % of dense" : `${state.task}, ${inverse ? "lower" : "higher"} is better`,
         inverse, // up is better in every plot
-        nameLocation: inverse ? "start" : "end", nameTextStyle: { ...axis.nameTextStyle, align: "left", padding: [0, 0, 0, -40] },
+        // Above the name of a point at the very top.
+        nameGap: 33, nameLocation: inverse ? "start" : "end", nameTextStyle: { ...axis.nameTextStyle, align: "left", padding: [0, 0, 0, -40] },
         axisLabel: { ...axis.axisLabel, formatter: yForm } },
       tooltip: { trigger: "item", confine: true, backgroundColor: ink.card, borderColor: ink.line, padding: [8, 11],
         textStyle: { color: ink.text, fontSize: 13 }, formatter: (p) => (p.data?.row ? tip(p.data.row) : "") },
@@ -269,13 +278,16 @@
     const changed = [];
     for (const { i, name, point, data } of [...chart.labelled].sort((a, b) => pixel(a.point)[1] - pixel(b.point)[1])) {
       const [x, y] = pixel(point);
-      const [below, wide] = [point.label.position === "bottom", 6.6 * Math.min(name.length, 18)];
-      const box = { left: below ? x - wide / 2 : x + 8, right: below ? x + wide / 2 : x + 14 + wide, half: 7 };
+      const [beside, wide] = [point.label.position === "right", written(brief(name))];
+      const box = { left: beside ? x + 8 : x - wide / 2, right: beside ? x + 14 + wide : x + wide / 2, half: 7 };
+      const inward = Math.min(0, chart.getWidth() - 2 - box.right); // never over the right edge
+      box.left += inward;
+      box.right += inward;
       const free = (dy) => taken.every((t) => Math.abs(t.y - box.y - dy) >= t.half + box.half || t.right <= box.left || t.left >= box.right);
-      box.y = y + (below ? 18 : 0);
+      box.y = y + { right: 0, bottom: 18, top: -19 }[point.label.position];
       const shift = [0, 8, -8, 15, -15, 23, -23, 30, -30, 45, -45].find(free) ?? 0;
       taken.push({ ...box, y: box.y + shift });
-      point.label.offset = [0, shift];
+      point.label.offset = [inward, shift];
       changed[i] = { data };
     }
     chart.setOption({ series: Array.from(chart.getOption().series, (_, i) => changed[i] || {}) });
