@@ -10,8 +10,9 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from .attach import ModelInfo, Session, attach
+from .attach import Session, attach
 from .method import Method, check_range
+from .model_info import ModelInfo
 from .ops import ragged
 from .ops.ragged import Logit
 from .step import Step

@@ -7,7 +7,6 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from datetime import date
-from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
@@ -19,11 +18,12 @@ from rich.style import Style
 from rich.text import Text
 from torch import Tensor
 
-from .attach import ModelInfo
 from .errors import InputError, suggest
 from .head_scores import COPIES, TEXTS, Password, copying, random_texts, repetition
-from .hub import cache_dir, model_identity
+from .hub import model_identity
+from .known import known_file, own_file
 from .method import check_range
+from .model_info import ModelInfo
 
 LENGTHS = (512, 1024, 2048)
 """Prompt lengths of the copying test, in tokens."""
@@ -186,7 +186,7 @@ def _draw(like: Tensor, allowed: Tensor, generator: torch.Generator) -> Tensor:
 
 def roles_path(model) -> Path:
     """Where the roles a user has calibrated for this model are kept."""
-    return cache_dir() / "heads" / f"{model_identity(model)['weights']}.json"
+    return own_file(model, "heads", ".json")
 
 
 def roles_for(model, path: str | Path | None = None) -> HeadRoles:
@@ -194,23 +194,17 @@ def roles_for(model, path: str | Path | None = None) -> HeadRoles:
 
     Raises InputError where `path` is of another model, or where there are none yet.
     """
-    if path is not None:
-        return HeadRoles.load(path).for_model(model)
-    identity = model_identity(model)
-    for shipped in _shipped():
-        if shipped.identity["weights"] == identity["weights"]:
-            return shipped.for_model(model)
-    own = roles_path(model)
-    if own.is_file():
-        return HeadRoles.load(own).for_model(model)
-    name = _called(identity)
-    raise InputError(f"no head roles are known for {name}: measure them once with `foveal heads {name}`")
+    if path is None:
+        path = known_roles(model, "heads")
+    if path is None:
+        name = _called(model_identity(model))
+        raise InputError(f"no head roles are known for {name}: measure them once with `foveal heads {name}`")
+    return HeadRoles.load(path).for_model(model)
 
 
-def _shipped() -> Iterator[HeadRoles]:
-    for file in files("foveal.data").joinpath("heads").iterdir():
-        if file.name.endswith(".json"):
-            yield HeadRoles.load(str(file))
+def known_roles(model, kind: str) -> Path | None:
+    """The file of scores of this kind that is known for this model, if there is one: see `known_file`."""
+    return known_file(model, kind, ".json", lambda path: HeadRoles.load(path).identity)
 
 
 # ---------------------------------------------------------------------- measuring

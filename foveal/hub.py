@@ -14,7 +14,7 @@ from transformers.distributed import DistributedConfig
 from foveal.default_model import DEFAULT_MODEL, cache_dir, default_folder, quiet
 from foveal.errors import InputError, ModelFileError, UnsupportedModel
 
-__all__ = ["DEFAULT_MODEL", "cache_dir", "check_weights", "default_device", "load", "model_identity"]
+__all__ = ["DEFAULT_MODEL", "cache_dir", "check_weights", "default_device", "explained", "load", "model_identity"]
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -141,7 +141,7 @@ def _load_other(model_id: str | os.PathLike, dtype: torch.dtype, shards: int):
         try:
             return _pretrained(str(folder), dtype, local_files_only=True, shards=shards)
         except Exception as error:
-            raise _explained(name, error, local=True) from error
+            raise explained(name, error, local=True) from error
     if not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", name) or name.startswith("."):
         came = "is a file" if folder.is_file() else "does not exist"
         raise ModelFileError(f"Expected a Hugging Face id or a model folder, but '{name}' {came}; check the path.")
@@ -150,7 +150,7 @@ def _load_other(model_id: str | os.PathLike, dtype: torch.dtype, shards: int):
     except OSError:
         pass  # not (wholly) cached: ask the network
     except Exception as error:
-        raise _explained(name, error, local=False) from error
+        raise explained(name, error, local=False) from error
     try:
         # One question first: without network, transformers would ask for every file and retry for minutes.
         found = huggingface_hub.model_info(name, timeout=10).siblings or ()
@@ -159,7 +159,7 @@ def _load_other(model_id: str | os.PathLike, dtype: torch.dtype, shards: int):
     except ModelFileError:
         raise
     except Exception as error:
-        raise _explained(name, error, local=False) from error
+        raise explained(name, error, local=False) from error
 
 
 def check_files(folder: str | os.PathLike) -> None:
@@ -214,7 +214,8 @@ def _weights_cached(name: str) -> bool:
     return any(isinstance(huggingface_hub.try_to_load_from_cache(name, file), str) for file in files)
 
 
-def _explained(name: str, error: Exception, local: bool) -> ModelFileError:
+def explained(name: str, error: Exception, local: bool) -> ModelFileError:
+    """What to raise instead of an error of loading the model `name`, a local folder or not: what is wrong and what to do."""
     causes = _causes(error)
     kinds = {type(cause).__name__ for cause in causes}
     detail = str(error).strip().splitlines()[0][:300] if str(error).strip() else type(error).__name__

@@ -15,7 +15,7 @@ from .errors import CompositionError, InputError, suggest
 from .selection import All, Selection
 
 if TYPE_CHECKING:
-    from .attach import ModelInfo
+    from .model_info import ModelInfo
     from .prompt import Prompt
     from .step import Pass, Step
     from .verify import Claim

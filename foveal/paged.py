@@ -17,18 +17,18 @@ import torch
 from torch import Tensor
 
 from .errors import InputError
-from .ops.formats import WIDTHS, check_format, code_like
+from .ops.formats import check_format
 from .ops.leave import Leaving, leave_page_keys
 from .ops.pages import Pages, append_page_keys, as_bytes, drop_page_keys, pools, put
 from .ops.recent import Recent
 from .ops.scores import pool_newest
-from .rows import FIXED, Piece, Rows, places_of, pool, round_up
+from .page_pool import SIZE, new_pool, packed, pages_of
+from .rows import FIXED, Piece, Rows, pool, round_up
 
 if TYPE_CHECKING:
     from .edits import Leave
     from .store import Layout
 
-SIZE = 32  # keys of a page: larger ones waste more of short rows, smaller ones cost page lists
 SPARE = 16  # a pool that must grow for rows that come grows by a sixteenth more, or every arrival would move it
 ROOM = 128  # keys a row grows by, at least: memory that moves costs a captured graph
 
@@ -56,10 +56,9 @@ class PagedRows(Rows):
         self.arange = torch.arange(len(lengths), device=device)
         self.host: list[int] | None = list(lengths)
         self._bound = max(lengths, default=0)
-        taken = sum(_pages(n) for n in lengths)
-        self.free = torch.arange(
-            taken, taken + total, dtype=torch.int32, device=device
-        )  # entries past `top` mean nothing
+        taken = sum(pages_of(n) for n in lengths)
+        # entries past `top` mean nothing
+        self.free = torch.arange(taken, taken + total, dtype=torch.int32, device=device)
         self.top = torch.full((1,), total - taken, dtype=torch.int32, device=device)
         self.assured = 0
 
@@ -142,8 +141,8 @@ class PagedRows(Rows):
         if extra <= self.assured and self._bound + extra <= self.capacity:
             return
         lengths = self.lengths()  # the bounds may have drifted from the truth: look before growing
-        have = self.pool.key.shape[0] - sum(_pages(n) for n in lengths)
-        need = sum(_pages(n + extra) - _pages(n) for n in lengths)
+        have = self.pool.key.shape[0] - sum(pages_of(n) for n in lengths)
+        need = sum(pages_of(n + extra) - pages_of(n) for n in lengths)
         room = max(ROOM, round_up(self.capacity // 64, SIZE)) if self._bound else 0
         if have < need:
             more = max(need - have, len(lengths) * (room // SIZE))
@@ -206,12 +205,13 @@ class PagedRows(Rows):
 
     def _append_many(self, key: Tensor, value: Tensor, ids: Tensor) -> None:
         lengths, extra = self.lengths(), key.shape[1]
-        have = self.pool.key.shape[0] - sum(_pages(n) for n in lengths)
-        first = torch.tensor([_pages(n) for n in lengths])
-        counts = torch.tensor([_pages(n + extra) for n in lengths]) - first
+        have = self.pool.key.shape[0] - sum(pages_of(n) for n in lengths)
+        first = torch.tensor([pages_of(n) for n in lengths])
+        counts = torch.tensor([pages_of(n + extra) for n in lengths]) - first
         new, row = int(counts.sum()), torch.arange(len(lengths)).repeat_interleave(counts)
         page = torch.arange(new) - (counts.cumsum(0) - counts - first).repeat_interleave(counts)
-        self.pool.table[row.to(self.device), page.to(self.device)] = self.free[have - new : have]
+        row, page = torch.stack([row, page]).to(self.device, non_blocking=True)
+        self.pool.table[row, page] = self.free[have - new : have]
         self.top.fill_(have - new)
         slots = self.pool.length.long()[:, None] + torch.arange(extra, device=self.device)
         put(self.pool, slots, key, value)
@@ -281,7 +281,7 @@ class PagedRows(Rows):
         """Rows without keys for keys and values like these, [batch, kv_heads, length, head_dim]."""
         lengths = [0] * (key.shape[0] * key.shape[1])
         check_format(layout.format, key.shape[3], value.shape[3])
-        pool = _pool(key, value, layout.format, 0, lengths)
+        pool = new_pool(key, value, layout.format, 0, lengths)
         if layout.residual:
             pool = dataclasses.replace(pool, recent=Recent.start(len(lengths), layout.residual, 0, key, value))
         return cls(pool, planes, fills, lengths, frozenset(range(key.shape[1])), key.dtype)
@@ -293,24 +293,8 @@ class PagedRows(Rows):
     @classmethod
     def pack(cls, pieces: Sequence[Piece], heads: int, length_class=None) -> list[PagedRows]:
         """New rows out of pieces that make up the whole store, without pages to spare."""
-        places, first = sorted(places_of(pieces)), pieces[0].block
-        lengths = [place.length for place in places]
-        old, device = first.pool, first.device
-        pages = [_pages(n) for n in lengths]
-        start = torch.tensor([0, *pages], device=device).cumsum(0)[:-1] * SIZE
-        capacity = round_up(max(lengths), SIZE)
-        pool = _pool(old.key, old.value, old.format, sum(pages), lengths, coded=True)
-        if old.recent is not None:
-            recent = Recent.start(len(places), old.recent.window, capacity, old.recent.key, old.recent.value)
-            pool = dataclasses.replace(pool, recent=recent)
-        planes = {
-            name: like.new_full((len(places), capacity, *like.shape[2:]), first.fills[name])
-            for name, like in first.planes.items()
-        }
-        for p, piece in enumerate(pieces):
-            moves = [(target, place.position, place.length) for target, place in enumerate(places) if place.piece == p]
-            if moves:
-                _copy(pool, planes, start, piece, moves)
+        pool, planes, lengths = packed(pieces)
+        first = pieces[0].block
         return [cls(pool, planes, first.fills, lengths, frozenset(range(heads)), first.dtype)]
 
     # ------------------------------------------------------------------ rows come and go where they are
@@ -337,9 +321,9 @@ class PagedRows(Rows):
         Memory that others use stays where it is, so a captured graph goes on as long as pages and slots suffice.
         """
         lengths = list(self.lengths())
-        have = self.pool.key.shape[0] - sum(_pages(n) for n in lengths)
+        have = self.pool.key.shape[0] - sum(pages_of(n) for n in lengths)
         mine = slice(first, first + rows)
-        left = [self.pool.table[first + r, : _pages(n)] for r, n in enumerate(lengths[mine]) if n]
+        left = [self.pool.table[first + r, : pages_of(n)] for r, n in enumerate(lengths[mine]) if n]
         if left:
             left = torch.cat(left)
             self.free[have : have + len(left)] = left
@@ -363,7 +347,7 @@ class PagedRows(Rows):
     def _take_over(self, first: int, source: PagedRows, have: int) -> int:
         """Copy the pages and planes of `source` into rows from `first`; how many free pages are left."""
         lengths = source.lengths()
-        counts = [_pages(n) for n in lengths]
+        counts = [pages_of(n) for n in lengths]
         need, longest = sum(counts), max(lengths)
         if have < need:
             more = need - have + self.pool.key.shape[0] // SPARE
@@ -390,7 +374,7 @@ class PagedRows(Rows):
     def spare(self) -> float:
         """The share of the pages that nobody uses."""
         total = self.pool.key.shape[0]
-        return 1 - sum(_pages(n) for n in self.lengths()) / total if total else 0.0
+        return 1 - sum(pages_of(n) for n in self.lengths()) / total if total else 0.0
 
     # ------------------------------------------------------------------ pooled pages
 
@@ -410,51 +394,3 @@ class PagedRows(Rows):
         used = slots < self.pool.length[:, None]
         x = self.gather("key" if what[0] == "k" else "value", slots * used)
         self.pages[what, size][0][self.arange, page] = pool(x, what[1:], size, used)[:, 0]
-
-
-def _pages(n: int) -> int:
-    return -(-n // SIZE)
-
-
-def _pool(
-    key: Tensor, value: Tensor, format: str | None, pages: int, lengths: Sequence[int], coded: bool = False
-) -> Pages:
-    """A pool of zeros for vectors (`coded`: codes) like these, its pages dealt out in order."""
-    device = key.device
-    kinds = [(x.dtype, x.shape[-1]) if coded else code_like(x, format) for x in (key, value)]
-    made = [torch.zeros(pages, SIZE, width, dtype=kind, device=device) for kind, width in kinds]
-    scales = [
-        None if format is None else torch.zeros(pages, SIZE, WIDTHS[format], dtype=torch.float16, device=device)
-        for _ in made
-    ]
-    counts = [_pages(n) for n in lengths]
-    table, used = torch.zeros(len(lengths), max(counts, default=0), dtype=torch.int32), 0
-    for row, n in enumerate(counts):
-        table[row, :n] = torch.arange(used, used + n)
-        used += n
-    length = torch.tensor(list(lengths), dtype=torch.int32, device=device)
-    return Pages(*made, table.to(device), length, max(lengths, default=0), format, *scales)
-
-
-def _copy(
-    new: Pages, planes: dict[str, Tensor], start: Tensor, piece: Piece, moves: list[tuple[int, int, int]]
-) -> None:
-    """Copy the kept keys of one piece into their rows; `start` is where each new row begins in the flat pool."""
-    block, device = piece.block, start.device
-    target, source, length = torch.tensor(moves, device=device).T
-    n = torch.arange(min(int(length.max()), block.capacity), device=device)
-    here = n < length[:, None]
-    slots = n.expand(len(moves), -1)
-    if piece.order is not None:  # entries past a row's kept keys are filler
-        slots = (piece.order[source, : len(n)] * here).clamp(max=max(block.capacity - 1, 0))
-    for name, plane in planes.items():
-        old = block.planes[name][source[:, None], slots]
-        plane[target, : len(n)] = old.masked_fill(~here.view(*here.shape, *[1] * (old.ndim - 2)), block.fills[name])
-    page = block.pool.table[source].gather(1, slots // SIZE)
-    origin = (page.long() * SIZE + slots % SIZE)[here]
-    goal = (start[target][:, None] + n)[here]
-    for filled, old in zip(pools(new), pools(block.pool), strict=True):
-        filled.flatten(0, 1)[goal] = old.flatten(0, 1)[origin]
-    if new.recent is not None:
-        order = None if piece.order is None else piece.order[source]
-        new.recent.put(target, block.pool.recent, source, order, length)

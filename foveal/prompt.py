@@ -17,8 +17,9 @@ from .errors import InputError
 from .method import Method
 
 if TYPE_CHECKING:
-    from .attach import ModelInfo, Session
+    from .attach import Session
     from .cache import Store
+    from .model_info import ModelInfo
     from .step import Pass
 
 

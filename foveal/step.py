@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from . import ops
+from . import leaving, ops
 from .edits import Bias, Keep, Leave
 from .errors import InputError
 from .method import Budget, tokens_of
@@ -24,8 +24,9 @@ from .selection import All, Selection
 from .store import FAR, LayerStore, Rows
 
 if TYPE_CHECKING:
-    from .attach import ModelInfo, Session
+    from .attach import Session
     from .cache import Store, StoreLayer
+    from .model_info import ModelInfo
 
 
 class Pass:
@@ -57,9 +58,8 @@ class Pass:
         self.asked = length  # columns of the caller's text
         self.returns_store = True  # False: the caller asked for no cache, so none is handed out
         self._token: Tensor | None = None
-        self.on_device: Tensor | None = (
-            None  # counts [batch] where a graph reads them; then the host's are not to be used
-        )
+        # counts [batch] where a graph reads them; then the host's are not to be used
+        self.on_device: Tensor | None = None
         self.horizon = 0  # what no sequence grows beyond while this graph lasts
         self.bounded = False  # whether a shape followed from it
         self.once: dict[Hashable, Tensor] = {}  # what is the same in every layer, computed in the first
@@ -102,13 +102,11 @@ class Step:
         self.H, self.G, self.L = q.shape[1], k_new.shape[1], q.shape[2]
         self.decode, self.prompt_done, self.state = pass_.decode, pass_.prompt_done, pass_.state
         self.stats: dict[str, Tensor] = {}
-        self.summed: dict[
-            str, Tensor
-        ] = {}  # statistics per key over the query heads of a KV head, where only those were computed
+        # statistics per key over the query heads of a KV head, where only those were computed
+        self.summed: dict[str, Tensor] = {}
         self.named_stats: dict[str, Tensor] = {}  # the same by the full name of the need, "col_low:400"
-        self.seconds: dict[
-            str, float
-        ] = {}  # what each cost; measured on a CPU, where work is done when the call returns
+        # what each cost; measured on a CPU, where work is done when the call returns
+        self.seconds: dict[str, float] = {}
         self.scratch: dict[str, Any] = {}
         self.visible: Selection = All()
         self.bias: Bias | None = None
@@ -158,34 +156,9 @@ class Step:
         known = held is not None and isinstance(rule.allowed, int) and rule.gone is None
         if known and held <= rule.allowed:
             return None
-        what = self.store.leaving(rule)
-        if what is not None:
-            left = self.store.let_one_go(rule, what)
-        else:
-            keep, left = self._leaver(rule, known)
-            self.store.apply(keep)
+        left = leaving.let_one_go(self, rule, known)
         self._slots = None
         return left
-
-    def _leaver(self, rule: Leave, certain: bool) -> tuple[Keep, Tensor | None]:
-        """The slots that leave by a rule, and the token id that does where all heads let go of the same."""
-        token = self.token
-        score = None if rule.score is None else self.store.plane(rule.score)
-        if rule.by_token is not None:
-            at = token.clamp(max=rule.by_token.shape[1] - 1).long().flatten(1)
-            score = rule.by_token.gather(1, at).view_as(token)
-        how = {"after": rule.after, "recent": rule.recent, "score": score, "fold": rule.fold}
-        slot, into = leave.leaver(token, self.q_token[:, -1:], **how)
-        if certain and rule.by_token is None:
-            return Keep(drop=slot, heads=rule.heads, into=into), None
-        slot = slot.where(self.store.len > rule.allowed, -1)
-        if rule.gone is not None:
-            hit = (token == rule.gone[:, None, None]) & (token != FAR)
-            slot = hit.int().argmax(-1).where(hit.any(-1), slot)
-        keep = Keep(drop=slot, heads=rule.heads, into=into, optional=True)
-        if rule.by_token is None:
-            return keep, None
-        return keep, token.gather(2, slot.clamp(min=0)[..., None])[:, 0, 0].where(slot[:, 0] >= 0, -1)
 
     @property
     def q_token(self) -> Tensor:
@@ -314,8 +287,8 @@ class Step:
         B, D = q.shape[0], q.shape[3]
         packed = q.reshape(B * self.G, self.group_size * (stop - start), D)
         rows = self.store.classes
-        if rows[0].paged and packed.shape[1] <= ops.pages.MOST_QUERIES:
-            z = ops.pages.page_logits(packed, rows[0].view, self.logit, moved=self.moved_keys(rows[0]))
+        if rows[0].paged and packed.shape[1] <= ops.paged_attention.MOST_QUERIES:
+            z = ops.paged_attention.page_logits(packed, rows[0].view, self.logit, moved=self.moved_keys(rows[0]))
         elif self.store.single is not None:
             z = ragged.logits(packed, self.row_keys(rows[0]), self.logit)
         else:

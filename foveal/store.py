@@ -10,16 +10,15 @@ valid until the next `apply`.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from .edits import Keep, Leave, Plane
+from .edits import Keep, Plane
 from .errors import InputError
-from .ops.leave import Leaving, leave_route
 from .paged import PagedRows
 from .rows import FAR, FIXED, Piece, Rows, round_up
 
@@ -115,14 +114,18 @@ class LayerStore:
         """A plane as [batch, kv_heads, T, ...]; slots beyond a row's length hold the fill value."""
         if name not in self.fills:
             raise InputError(f"no plane '{name}' here; a method gets the planes it declares: {sorted(self.specs)}")
+        return self._rectangle(self.T, self.fills[name], lambda c: c.read(name))
+
+    def _rectangle(self, width: int, fill: float, read: Callable[[Rows], Tensor]) -> Tensor:
+        """What each class holds, [rows, width or less, ...], as [batch, kv_heads, width, ...]."""
         self._check_filled()
-        T, c = self.T, self.single
-        if c is not None:
-            return c.read(name).unflatten(0, (self.batch, self.heads))
-        like = self.classes[0].planes[name]
-        out = like.new_full((self.batch * self.heads, T, *like.shape[2:]), self.fills[name])
+        if self.single is not None:
+            return read(self.single).unflatten(0, (self.batch, self.heads))
+        out = None
         for c in self.classes:
-            out[c.index, : c.bound] = c.read(name)
+            x = read(c)
+            out = x.new_full((self.batch * self.heads, width, *x.shape[2:]), fill) if out is None else out
+            out[c.index, : x.shape[1]] = x
         return out.unflatten(0, (self.batch, self.heads))
 
     def _check_filled(self) -> None:
@@ -188,16 +191,7 @@ class LayerStore:
         """
         if what not in ("kmin", "kmax", "kmean", "vmean"):
             raise InputError(f"pooled pages are 'kmin', 'kmax', 'kmean' or 'vmean', not '{what}'")
-        c = self.single
-        if c is not None:
-            return c.pooled(what, size).unflatten(0, (self.batch, self.heads))
-        self._check_filled()
-        like = self.classes[0].planes["key" if what[0] == "k" else "value"]
-        out = like.new_zeros(self.batch * self.heads, -(-self.T // size), like.shape[2])
-        for c in self.classes:
-            pages = c.pooled(what, size)
-            out[c.index, : pages.shape[1]] = pages
-        return out.unflatten(0, (self.batch, self.heads))
+        return self._rectangle(-(-self.T // size), 0.0, lambda c: c.pooled(what, size))
 
     # ------------------------------------------------------------------ growing and letting go
 
@@ -261,30 +255,6 @@ class LayerStore:
             self._named[heads] = named.to(self.device)
         return self._named[heads]
 
-    def leaving(self, rule: Leave) -> Leaving | None:
-        """What `let_one_go` takes, where one launch can do it: pages without positions of their own or pooled pages."""
-        c = self.single
-        if c is None or not c.paged or c.pages or "shift" in self.specs:
-            return None
-        what = c.leaving(rule, self.heads, None if rule.heads is None else self.named(rule.heads))
-        return what if leave_route(what).name == "triton" else None
-
-    def let_one_go(self, rule: Leave, what: Leaving) -> Tensor | None:
-        """Let one key of each row go, by a rule; what `leave_page_keys` says of it."""
-        c, certain = self.single, None
-        spared = rule.after + rule.recent + rule.fold if isinstance(rule.recent, int) else None
-        if (
-            not c.fixed
-            and rule.gone is None
-            and isinstance(rule.allowed, int)
-            and c.host is not None
-            and spared is not None
-        ):
-            acts = range(self.heads) if rule.heads is None else rule.heads
-            if rule.allowed >= spared:  # so that a row with more keys has one that may leave
-                certain = [n > rule.allowed and row % self.heads in acts for row, n in enumerate(c.host)]
-        return c.leave(what, certain)
-
     def _of(self, heads: Iterable[int] | None) -> list[Rows]:
         """The classes of these KV heads (None: all). A class shared with other heads is split: its rows part ways."""
         if heads is None:
@@ -346,8 +316,8 @@ class LayerStore:
 
     def take(self, sequences: Sequence[int]) -> LayerStore:
         """A new store with copies of these sequences, in this order (a sequence may occur more than once)."""
-        new, G = self._like(), self.heads
-        new.batch = len(sequences)
+        new, G = self.fresh(), self.heads
+        new.batch, new.heads, new.shift_bound = len(sequences), G, self.shift_bound
         wanted = [s * G + h for s in sequences for h in range(G)]
         for c in self.classes:
             where = {n: p for p, n in enumerate(c.numbers())}
@@ -359,11 +329,6 @@ class LayerStore:
     def fresh(self) -> LayerStore:
         """An empty store of the same planes and layout."""
         return LayerStore(self.specs, self.layout)
-
-    def _like(self) -> LayerStore:
-        new = self.fresh()
-        new.heads, new.shift_bound = self.heads, self.shift_bound
-        return new
 
     def become(self, parts: Sequence[LayerStore]) -> None:
         """Hold the sequences of all parts, one after the other."""

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable, Sequence
+from itertools import accumulate, pairwise
 from typing import NamedTuple
 
 import torch
@@ -171,18 +172,24 @@ def role_file(model, folder, **scores: Tensor) -> str:
 
 
 def simulate_h2o(
-    s: Seq, prompt: int, budget: float, recent: float, seen: Tensor | None = None, bias: Tensor | float = 0.0
+    s: Seq,
+    prompt: int | Sequence[int],
+    budget: float,
+    recent: float,
+    seen: Tensor | None = None,
+    bias: Tensor | float = 0.0,
 ):
     """H2O by masking columns: (visible [kv_heads, n, n], kept token ids after each call, accumulated mass [kv_heads, n]).
 
-    seen [heads, n, n]: what a selection allows.
+    prompt: its length, or the lengths of its chunks, after each of which keys are dropped.  seen [heads, n, n]: what a selection allows.
     """
     n, heads, kv_heads = s.q.shape[1], s.q.shape[0], s.k.shape[0]
     visible = causal(n).expand(kv_heads, -1, -1).clone()
     allowed = torch.ones(heads, n, n, dtype=torch.bool) if seen is None else seen
     mass, kept, gone = torch.zeros(kv_heads, n).double(), [], torch.zeros(kv_heads, n, dtype=torch.bool)
-    for last in range(prompt, n + 1):
-        rows = slice(0, prompt) if last == prompt else slice(last - 1, last)
+    ends = [prompt] if isinstance(prompt, int) else list(accumulate(prompt))
+    for first, last in pairwise([0, *ends, *range(ends[-1] + 1, n + 1)]):
+        rows = slice(first, last)
         visible[:, rows] &= ~gone[:, None]
         w = weights(s, over_heads(visible, heads) & allowed, bias)[:, rows]
         mass += w.sum(1).unflatten(0, (kv_heads, -1)).sum(1)
@@ -192,7 +199,7 @@ def simulate_h2o(
             over = len(held) - size
             older = [t for t in held if t < last - int(size * recent)]
             # all that is too much after the prompt, one key in a decode step
-            for t in sorted(older, key=lambda t: mass[g, t].item())[: max(0, over if last == prompt else min(over, 1))]:
+            for t in sorted(older, key=lambda t: mass[g, t].item())[: max(0, over if last in ends else min(over, 1))]:
                 gone[g, t] = True
         kept.append([[t for t in range(last) if not gone[g, t]] for g in range(kv_heads)])
     return visible, kept, mass

@@ -12,10 +12,11 @@ from reference import role_file
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 
 import foveal
-from foveal import decode, graphs, paged, step, store
+from foveal import decode, graphs, leaving, paged, step
 from foveal.edits import Leave, Plane
+from foveal.leaving import in_one_launch
 from foveal.methods.select import fasa
-from foveal.ops import few, leave, pages
+from foveal.ops import few, leave, paged_attention, pages
 from foveal.ops.route import Route
 from foveal.store import LayerStore, Layout
 
@@ -59,13 +60,13 @@ def counting(monkeypatch):
     kernel(paged, "append_page_keys", pages.append_page_keys)
     kernel(paged, "drop_page_keys", pages.drop_page_keys)
     attend = lambda *_, want="", **__: 2 if want == "" else 3
-    kernel(decode.ops, "attend_ragged", pages.attend_ragged, attend)
+    kernel(decode.ops, "attend_ragged", paged_attention.attend_ragged, attend)
     kernel(step.leave, "add_by_token", leave.add_by_token)
     kernel(
         fasa, "few_slots", few.few_slots, lambda *_, each, **__: 5 + (not each)
     )  # logits, votes, four digits and the list
     kernel(paged, "leave_page_keys", lambda x: None if x.by_token is None else torch.full((1,), -1, dtype=torch.int32))
-    monkeypatch.setattr(store, "leave_route", lambda x: Route("triton", "counted"))
+    monkeypatch.setattr(leaving, "leave_route", lambda x: Route("triton", "counted"))
 
     @contextmanager
     def counted():
@@ -191,7 +192,7 @@ def test_where_the_kernel_cannot_it_is_not_asked():
         rows = LayerStore({name: specs[name] for name in names}, layout)
         rows.append(*torch.randn(2, 1, 2, 40, 64), 0)
         what = rows.classes[0].leaving(Leave(10, fold=True), 2, None)
-        assert leave.leave_route(what).why == "the tensors are on cpu" and rows.leaving(Leave(10)) is None
+        assert leave.leave_route(what).why == "the tensors are on cpu" and in_one_launch(rows, Leave(10)) is None
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(leave, "no_kernel", lambda x: None)
             route = leave.leave_route(what)

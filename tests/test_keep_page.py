@@ -32,9 +32,17 @@ def test_tables(tmp_path):
             "decode_ms": 8.0,
             "decode_speedup": 1.5,
             "of_dense_bytes": 0.52,
-            "claim": "half",
+            "reading_of_dense": 0.8,
         },
-        {"method": "h2o()", "tokens": 32768, "claim": "fifth", "error": "not reached in the time given"},
+        {"method": "razor()", "tokens": 32768, "decode_ms": 7.0, "decode_speedup": 1.71, "of_dense_bytes": 0.3},
+        {
+            "method": "streaming-llm(budget=1024)",
+            "tokens": 32768,
+            "decode_ms": 10.0,
+            "decode_speedup": 1.2,
+            "of_dense_bytes": 0.03,
+        },
+        {"method": "h2o(budget=0.2)", "tokens": 32768, "error": "not reached in the time given"},
     ]
     (tmp_path / "keep-h100-2026-11-22.json").write_text(json.dumps({"meta": META, "rows": rows}))
     points = [{"tokens": t, "nats": n, "bytes": 7000, "keys": 9} for t, n in ((10, 2.0), (20, 30.0), (30, 2.5))]
@@ -42,9 +50,24 @@ def test_tables(tmp_path):
     stream = {"meta": META, "settings": {"tokens_of_the_novel": 5, "chunk": 2}, "rows": [stream]}
     (tmp_path / "stream-h100-2026-11-22.json").write_text(json.dumps(stream))
     text = page().filled((DOCS / "keep.md").read_text("utf-8"), tmp_path)
-    assert "| `dense` | 12.00 | 1.00 | 1.000 | 1.00 |  |" in text
-    assert "| `duo()` | 8.00 | 1.50 | 0.520 |  | half |" in text
-    assert "| `h2o()` |  |  |  |  | not reached in the time given |" in text
+    assert "| `dense` | 12.00 | 1.00 | 1.000 | 1.00 |" in text
+    assert "| `duo()` | 8.00 | 1.50 | 0.520 | 0.80 |" in text
+    assert "| `h2o(budget=0.2)` | not reached in the time given |  |  |  |" in text
+    assert "| `duo()` | cache, smaller | 1.67x, half of the heads whole | 1.9x |" in text
+    assert (
+        "| `duo()` | a step, faster | 1.50x | 1.50x |" in text
+        and "| `duo()` | prompt, faster | 1.63x | 1.25x |" in text
+    )
+    assert "| `razor()` | cache, less by | over 70 % | 70% |" in text
+    assert (
+        "| `streaming-llm(budget=1024)` | a token, faster | up to 22.2x than reading the window anew | 8.0x |" in text
+    )
+    assert (
+        "| `streaming-llm(budget=4096)` | a token, faster | up to 22.2x than reading the window anew | not measured |"
+        in text
+    )
+    assert "| `h2o(budget=0.2)` | cache, smaller | 5x | not measured |" in text
+    assert "At 32,768 tokens a step over 3.0% of the cache takes 10.0 ms where dense takes 12.0, 1.20x." in text
     assert "Window read anew, 1024 tokens: 80.0 ms a token." in text
     assert f"| window | 30 | {math.exp(2):.2f} | {math.exp(2.5):.2f} | e^30 | 7,000 | 10 |" in text
     assert text.count("One H100") == 2 and "<!-- results" not in text

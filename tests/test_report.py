@@ -13,7 +13,9 @@ import pytest
 from rich.console import Console
 
 from foveal.compare.report import headline, render, write_report
-from foveal.compare.table import markdown_table, percent, rich_table, summary_rows
+from foveal.compare.rows import summary_rows
+from foveal.compare.table import markdown_table, rich_table
+from foveal.compare.words import percent
 from foveal.errors import InputError
 from foveal.webpage import inert
 

@@ -10,7 +10,8 @@ import torch.nn.functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from foveal.ops.formats import encode
-from foveal.ops.pages import Pages, _torch, attend_ragged, page_logits
+from foveal.ops.paged_attention import _torch, attend_ragged, page_logits
+from foveal.ops.pages import Pages
 from foveal.ops.ragged import Logit
 from foveal.ops.recent import Recent
 

@@ -8,7 +8,7 @@ import torch
 from torch.nn.attention import SDPBackend
 
 from foveal import ops
-from foveal.ops.pages import attend_ragged
+from foveal.ops.paged_attention import attend_ragged
 
 from .decode import DIM, LOGIT, _query, pages_of
 from .prefill import SCALE, _sdpa, inputs

@@ -9,12 +9,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..attach import ModelInfo
 from ..data.prompts import Contrast
 from ..errors import InputError
 from ..heads import HeadRoles, _circumstances
 from ..hub import model_identity
 from ..method import check_count
+from ..model_info import ModelInfo
 from .attribution.paths import Record, Runs, check_heads
 from .attribution.ranks import pearson
 from .attribution.tap import Tap, check_length, output_matrix, tapped

@@ -12,9 +12,9 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
-from ..attach import ModelInfo
 from ..errors import InputError
 from ..method import check_count, check_range
+from ..model_info import ModelInfo
 from .reading import _blocks, tokens_of
 
 Progress = Callable[[str, float], None]

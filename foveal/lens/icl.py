@@ -12,9 +12,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..attach import ModelInfo
 from ..errors import InputError, UnsupportedModel
 from ..method import check_count, check_range
+from ..model_info import ModelInfo
 from ..ops.dense import spread
 from ..tasks.task import encode
 from .attribution.question import need_gradient

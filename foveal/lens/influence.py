@@ -9,10 +9,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..attach import ModelInfo, attach
+from ..attach import attach
 from ..errors import InputError
 from ..method import check_count, check_range
 from ..methods.mix.heads import Ablate
+from ..model_info import ModelInfo
 from .ranking import HeadRanking, Pairs
 from .reading import look, tokens_of
 from .result import HEADS, Look, Measure

@@ -10,8 +10,8 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from ..attach import ModelInfo
 from ..errors import InputError, suggest
+from ..model_info import ModelInfo
 from ..ops import attention_stats, ragged
 from ..ops.dense import spread
 from ..ops.ragged import Logit

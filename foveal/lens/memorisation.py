@@ -9,8 +9,8 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from ..attach import ModelInfo
 from ..errors import InputError
+from ..model_info import ModelInfo
 from .attribution.ranks import spearman
 from .reading import tokens_of
 

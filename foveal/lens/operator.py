@@ -10,9 +10,9 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from ..attach import ModelInfo
 from ..errors import InputError, UnsupportedModel
 from ..method import check_count
+from ..model_info import ModelInfo
 from .reading import _blocks
 from .result import Measure
 

@@ -10,12 +10,13 @@ from itertools import pairwise
 import torch
 from torch import Tensor, nn
 
-from ..attach import ModelInfo, Session, attach
+from ..attach import Session, attach
 from ..cache import ACTIVE
 from ..errors import InputError, UnsupportedModel
 from ..heads import _circumstances
 from ..hub import model_identity
 from ..method import Method
+from ..model_info import ModelInfo
 from ..step import Step
 from ..store import Layout
 from ..tasks.task import encode

@@ -11,9 +11,9 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
-from ..attach import ModelInfo
 from ..errors import InputError
 from ..method import check_count, check_range
+from ..model_info import ModelInfo
 from ..tasks.task import encode
 from .attribution.ranks import kendall, nulls
 from .attribution.tap import check_model

@@ -11,12 +11,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..attach import ModelInfo
 from ..data.conflicts import Conflict
 from ..errors import InputError
 from ..heads import HeadRoles, _circumstances
 from ..hub import model_identity
 from ..method import check_count, check_range
+from ..model_info import ModelInfo
 from .lens import Lens, Piece, Probe, Reading
 from .ranking import HeadRanking, Pairs
 from .reading import look

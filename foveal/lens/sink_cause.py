@@ -10,9 +10,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..attach import ModelInfo
 from ..errors import InputError, UnsupportedModel
 from ..method import check_count, check_range
+from ..model_info import ModelInfo
 from .reading import _blocks, tokens_of
 
 STAGES = ("input", "gate", "up", "activation", "product", "output")

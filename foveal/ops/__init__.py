@@ -9,7 +9,8 @@ from .index import index_flat, index_two_stage
 from .leave import Leaving, leave_page_keys
 from .merge import merge, merge_many
 from .numbers import checked_numbers
-from .pages import Pages, attend_ragged
+from .paged_attention import attend_ragged
+from .pages import Pages
 from .prefill import attend_band, attend_masked
 from .ragged import attend_padded
 from .reweigh import reweigh_small

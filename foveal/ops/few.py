@@ -9,7 +9,8 @@ from torch import Tensor
 
 from foveal.errors import InputError
 from foveal.ops.dense import wide
-from foveal.ops.pages import MOST_QUERIES, Pages, choosing_misfit
+from foveal.ops.paged_attention import MOST_QUERIES
+from foveal.ops.pages import Pages, choosing_misfit
 from foveal.ops.ragged import Logit, logits
 from foveal.ops.route import Route, routed
 from foveal.ops.top import top_slots

@@ -52,9 +52,9 @@ def page_bound(
     how = {"group": group, "count": count, "size": size, "keep_first": keep_first, "keep_last": keep_last}
     route = _page_bound_route(q, lo, hi, **how)
     if route.name == "triton":
-        from foveal.ops.gpu import scores as gpu
+        from foveal.ops.gpu.pooled import page_bound as kernel
 
-        return gpu.page_bound(q, lo, hi, group or "none", count, size, keep_first, keep_last)
+        return kernel(q, lo, hi, group or "none", count, size, keep_first, keep_last)
     dtype = wide(q.dtype)
     q, lo, hi = q.to(dtype), lo.to(dtype), hi.to(dtype)
     bound = torch.baddbmm(q.clamp(min=0) @ hi.mT, q.clamp(max=0), lo.mT)
@@ -102,9 +102,9 @@ def pool_blocks(x: Tensor, size: int, pool: str = "mean") -> Tensor:
     """
     route = _pool_blocks_route(x, size, pool)
     if route.name == "triton":
-        from foveal.ops.gpu import scores as gpu
+        from foveal.ops.gpu.pooled import pool_blocks as kernel
 
-        return gpu.pool_blocks(x, size, pool)
+        return kernel(x, size, pool)
     length = x.shape[2]
     whole = length // size * size
     parts = [x[:, :, :whole].unflatten(2, (-1, size))] if whole else []
@@ -177,9 +177,9 @@ def pool_newest(pages: Pages, source: str, size: int, pooled: dict[str, Tensor])
     """
     low, high, mean = (pooled.get(kind) for kind in ("min", "max", "mean"))
     if _pool_newest_route(pages, source, size, pooled).name == "triton":
-        from foveal.ops.gpu import scores as gpu
+        from foveal.ops.gpu.pooled import pool_newest as kernel
 
-        gpu.pool_newest(getattr(pages, source), pages.table, pages.length, size, low, high, mean)
+        kernel(getattr(pages, source), pages.table, pages.length, size, low, high, mean)
         return
     length = pages.length.long()[:, None]
     block = (length - 1).clamp(min=0) // size
@@ -224,9 +224,9 @@ def antidiagonal_scores(q: Tensor, k: Tensor, block: int, stride: int, *, scale:
     """
     route = _antidiagonal_route(q, k, block, stride, scale=scale, causal=causal)
     if route.name == "triton":
-        from foveal.ops.gpu import scores as gpu
+        from foveal.ops.gpu.antidiagonals import antidiagonal_scores as kernel
 
-        mass = gpu.antidiagonal_scores(q, k, block, stride, scale, causal)
+        mass = kernel(q, k, block, stride, scale, causal)
     else:
         mass = _antidiagonal(q, k, block, stride, scale, causal)
     if not causal:
@@ -300,9 +300,9 @@ def window_scores(
     """
     route = _window_route(q, k, last, scale=scale, softcap=softcap)
     if route.name == "triton":
-        from foveal.ops.gpu import scores as gpu
+        from foveal.ops.gpu.window import window_scores as kernel
 
-        return gpu.window_scores(q, k, last, scale, softcap)
+        return kernel(q, k, last, scale, softcap)
     batch, heads = q.shape[:2]
     kv_heads, total = k.shape[1:3]
     group, dtype = heads // kv_heads, wide(q.dtype)

@@ -63,11 +63,11 @@ def top_blocks(
     )  # fmt: skip
     sizes = size if isinstance(size, tuple) else (size, size)
     if route.name == "triton":
-        from foveal.ops.gpu import top as gpu
+        from foveal.ops.gpu.top_blocks import top_blocks as kernel
 
         rule = mass if k is None else k
         shape = (*sizes, past, keep_first, keep_last, diagonal, causal)
-        return gpu.top_blocks(scores, rule, normalize, *shape)
+        return kernel(scores, rule, normalize, *shape)
     allowed, forced, newest = _shape_of_map(scores, *sizes, past, keep_first, keep_last, diagonal, causal)
     x = scores.masked_fill(~allowed, -math.inf)
     if threshold is not None:
@@ -204,9 +204,9 @@ def top_slots(
     """
     route = _top_slots_route(scores, k, forced, count=count, unit=unit)
     if route.name == "triton":
-        from foveal.ops.gpu import top as gpu
+        from foveal.ops.gpu.top import top_slots as kernel
 
-        return gpu.top_slots(scores, k, forced, count, unit)
+        return kernel(scores, k, forced, count, unit)
     rows, n = scores.shape
     if n == 0:
         return torch.full((rows, k), -1, dtype=torch.int32, device=scores.device)
@@ -254,9 +254,9 @@ def marked_slots(mask: Tensor, k: int) -> Tensor:
     Raises `InputError` for other shapes or k < 1.
     """
     if _marked_slots_route(mask, k).name == "triton":
-        from foveal.ops.gpu import top as gpu
+        from foveal.ops.gpu.top import marked_slots as kernel
 
-        return gpu.marked_slots(mask, k)
+        return kernel(mask, k)
     return top_slots(torch.zeros_like(mask, dtype=torch.float32).masked_fill_(~mask, -math.inf), k)
 
 

@@ -14,7 +14,8 @@ from torch import Tensor
 
 from foveal.errors import InputError
 from foveal.ops.dense import wide
-from foveal.ops.pages import MOST_QUERIES, Pages, attend_ragged, choosing_misfit
+from foveal.ops.paged_attention import MOST_QUERIES, attend_ragged
+from foveal.ops.pages import Pages, choosing_misfit
 from foveal.ops.ragged import Logit, attend_padded, logits
 from foveal.ops.route import Route, routed
 from foveal.ops.top import top_slots

@@ -9,11 +9,11 @@ from lens_reference import Whole, close, importance
 from models import tiny
 from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
-from foveal.attach import ModelInfo
 from foveal.lens import look
 from foveal.lens.lens import Reading
 from foveal.lens.patterns import Patterns, channels, similarity
 from foveal.lens.residual import MassiveActivations, SecondarySinks, active_range
+from foveal.model_info import ModelInfo
 
 IDS = torch.randint(2, 120, (70,), generator=torch.Generator().manual_seed(5)).tolist()
 FAMILIES = ["llama", "gemma2"]

@@ -4,7 +4,6 @@ import pytest
 import torch
 from models import tiny
 
-from foveal.attach import ModelInfo
 from foveal.errors import InputError
 from foveal.lens.operator import (
     apply,
@@ -22,6 +21,7 @@ from foveal.lens.operator import (
     ssm_kernels,
     value_maps,
 )
+from foveal.model_info import ModelInfo
 
 D = torch.double
 

@@ -9,10 +9,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from ...attach import ModelInfo
 from ...data.prompts import Contrast
 from ...errors import InputError, UnsupportedModel
 from ...method import check_count
+from ...model_info import ModelInfo
 from ..ranking import Pairs
 from ..reading import _blocks
 from .tap import Tap, tapped

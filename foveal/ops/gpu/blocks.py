@@ -16,10 +16,10 @@ from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from foveal.ops.gpu import lists
+from foveal.ops.gpu.launch import LOG2E
 from foveal.ops.gpu.lists import ITEM, Window
 from foveal.ops.gpu.variants import Variant
 
-_LOG2E = 1.4426950408889634
 _LN2 = tl.constexpr(0.6931471805599453)
 # A hidden logit is finite, so that 0 * logit is 0 and not NaN, and lies so far below the first maximum that exp2 gives 0.
 _HIDDEN = tl.constexpr(-3.0e38)
@@ -300,7 +300,7 @@ def forward(p: Problem, *, need_entropy: bool, tiles: Tiles | None = None) -> tu
         descriptor(p.q, tiles.rows), descriptor(p.k, tiles.step), descriptor(p.v, tiles.step),
         descriptor(phi_q, tiles.rows), descriptor(phi_k, tiles.step), out, lse, entropy, p.indices, items, first, sink,
         recent, *(p.boxes or (p.counts, p.counts)), *out.stride()[:3], heads, length, p.end, p.k.shape[2],
-        -(-length // tiles.rows), p.indices.shape[2], p.indices.shape[3], p.scale * _LOG2E,
+        -(-length // tiles.rows), p.indices.shape[2], p.indices.shape[3], p.scale * LOG2E,
         GROUP=group, SHARE=heads // phi_k.shape[1], HEAD_DIM=head_dim, D=width(head_dim), R=p.rank, ROW=p.query_block,
         TILE=tiles.rows, BLOCK=p.key_block, STEP=tiles.step, **p.flags, AXES=p.axes,
         ENTROPY=need_entropy, ITEM=ITEM, STAGES=tiles.stages, **tiles.options,

@@ -14,7 +14,6 @@ from torch import Tensor
 
 from foveal.ops.gpu import lists
 from foveal.ops.gpu.blocks import (
-    _LOG2E,
     Problem,
     Tiles,
     aligned,
@@ -27,6 +26,7 @@ from foveal.ops.gpu.blocks import (
     width,
     work_items,
 )
+from foveal.ops.gpu.launch import LOG2E
 from foveal.ops.gpu.lists import ITEM
 from foveal.ops.gpu.variants import Variant
 
@@ -206,7 +206,7 @@ def _launch_queries(p: Problem, dout: Tensor, norm: Tensor, delta: Tensor, dq: T
         descriptor(p.q, tiles.rows), descriptor(p.k, tiles.step), descriptor(p.v, tiles.step),
         descriptor(dout, tiles.rows), norm, delta, dq, p.indices, items, first, sink, recent, *dq.stride()[:3],
         p.q.shape[1], length, norm.shape[2], total, -(-length // tiles.rows), p.indices.shape[2], p.indices.shape[3], p.scale,
-        p.scale * _LOG2E, **constants, ROW=p.query_block, TILE=tiles.rows, BLOCK=p.key_block, STEP=tiles.step,
+        p.scale * LOG2E, **constants, ROW=p.query_block, TILE=tiles.rows, BLOCK=p.key_block, STEP=tiles.step,
         **p.flags, ITEM=ITEM, STAGES=tiles.stages, **tiles.options,
     )  # fmt: skip
 
@@ -226,7 +226,7 @@ def _launch_keys(
         descriptor(p.q, tiles.step), descriptor(p.k, tiles.rows), descriptor(p.v, tiles.rows),
         descriptor(dout, tiles.step), norm, delta, dk, dv, indices, spans, first, sink, recent, *dk.stride()[:3],
         p.k.shape[1], length, norm.shape[2], total, number, indices.shape[2], indices.shape[3], p.scale,
-        p.scale * _LOG2E, **constants, ROW=p.key_block, TILE=tiles.rows, BLOCK=p.query_block, STEP=tiles.step,
+        p.scale * LOG2E, **constants, ROW=p.key_block, TILE=tiles.rows, BLOCK=p.query_block, STEP=tiles.step,
         **p.flags, STAGES=tiles.stages, **tiles.options,
     )  # fmt: skip
 

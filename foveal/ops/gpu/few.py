@@ -11,11 +11,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .launch import dependent, padded
-from .ragged import GROUP, LOG2E
+from .launch import LOG2E, dependent, padded
+from .ragged import GROUP
 from .top import digits_of, launch_long, long_settings
 from .variants import Variant
-from .votes import SHARE, _votes, heads_at_once
+from .votes import SHARE, _votes, heads_at_once, tiles_at_once
 
 
 @triton.jit
@@ -86,12 +86,12 @@ def launch(q, key, table, length, bound, dims, chosen, scale, softcap, k, count=
     if each:
         return launch_long(z.view(rows * G, bound), k, count=count)[0]
     score = torch.empty(rows, bound, dtype=torch.float32, device=device)
-    chunk, chunks, _ = long_settings(bound, score.dtype)
+    chunk, chunks, _ = long_settings(rows, bound, score.dtype)
     hist = digits_of(score)
     _votes[(chunks, rows)](
         z, top[0], top[1], length, length, length, length, score, hist, bound, tiles, chunks, 0, 0, 0, HEADS=G, ROWS=1,
-        HB=heads_at_once(G, chunk), CH=chunk, TB=128, SHARE=SHARE["sum"], OWN=False, HAS_ENDS=False, HAS_KEPT=False, PDL=pdl,
-        num_warps=8, **launching,
+        HB=heads_at_once(G, chunk), CH=chunk, TB=tiles_at_once(G, chunk), SHARE=SHARE["sum"], OWN=False, HAS_ENDS=False, HAS_KEPT=False,
+        PDL=pdl, num_warps=8, **launching,
     )  # fmt: skip
     return launch_long(score, k, count=count, tallied=hist)[0]
 

@@ -7,6 +7,9 @@ from torch import Tensor
 
 from foveal.ops.route import capability
 
+LOG2E = 1.4426950408889634  # kernels exponentiate in base 2
+LN2 = 0.6931471805599453
+
 
 def dependent(x: Tensor) -> tuple[bool, dict[str, bool]]:
     """Programmatic dependent launch where the GPU has it: the next kernel's ramp overlaps this one's end.

@@ -10,8 +10,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .launch import dependent, given, padded
-from .ragged import GROUP, LEAST, LOG2E, _locate, _merge, pieces_for
+from .launch import LOG2E, dependent, given, padded
+from .ragged import GROUP, LEAST, pieces_for
+from .ragged_kernels import locate, merge_kernel
 from .variants import Variant
 from .votes import _cos_sin, _turned
 
@@ -28,7 +29,7 @@ def _renumbered(
     if PDL:
         tl.extra.cuda.gdc_wait()
         tl.extra.cuda.gdc_launch_dependents()
-    row, piece, length, chunk = _locate(LENGTH, pid, rows, listed + 1, pieces, RP, BN, LEAST_TILES, True)
+    row, piece, length, chunk = locate(LENGTH, pid, rows, listed + 1, pieces, RP, BN, LEAST_TILES, True)
     if row < rows:
         start = piece * chunk * BN
         end = tl.minimum(start + chunk * BN, length)
@@ -114,7 +115,7 @@ def launch_renumbered(
         STAGES=stages, num_warps=warps, **shared,
     )  # fmt: skip
     NB = 4 if DV >= 128 else 1
-    _merge[(rows * G * NB,)](
+    merge_kernel[(rows * G * NB,)](
         part, part_lse, length, given(sinks, part), out, lse, listed + 1, rows, pieces, G=G, DV=DV,
         DB=triton.next_power_of_2(-(-DV // NB)), NB=NB, LISTED=True, MANY=64, HAS_SINKS=sinks is not None, num_warps=4, **shared,
     )  # fmt: skip

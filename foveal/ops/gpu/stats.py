@@ -14,11 +14,10 @@ import triton
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from .launch import given
+from .launch import LOG2E, given
 from .stats_kernels import columns_kernel, rows_kernel
 from .variants import Variant
 
-LOG2E = 1.4426950408889634
 ABSENT = 1e30  # log-sum-exp of a row that sees nothing, and of the rows past the last: p = 0 and no NaN
 RANK_WIDTHS = (16, 32, 64)  # columns that bias factors are padded to
 MOST_BINS = 128

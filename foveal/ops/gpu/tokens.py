@@ -14,10 +14,9 @@ from torch import Tensor
 
 from foveal.ops.dense import last_dense
 
-from .launch import padded
+from .launch import LOG2E, padded
 from .variants import Variant
 
-LOG2E = 1.4426950408889634
 WALK = 1024  # slots looked at in one step of the walk
 
 

@@ -113,11 +113,16 @@ def _tally(key, alive, least, part: tl.constexpr):
 
 
 @triton.jit
-def _digit(
+def _begun(
     X, F, COUNT, HIST, n, x_row, k, chunks, rows,
-    CH: tl.constexpr, CB: tl.constexpr, PART: tl.constexpr, HAS_FORCED: tl.constexpr, HAS_COUNT: tl.constexpr,
+    CH: tl.constexpr, CB: tl.constexpr, PARTS: tl.constexpr, HAS_FORCED: tl.constexpr, HAS_COUNT: tl.constexpr,
     PDL: tl.constexpr,
 ):  # fmt: skip
+    """A chunk's scores and what `PARTS` digits say of the row.
+
+    Row, chunk, slots and scores; how many are wanted, the first digits of the last one chosen and how many of those that share them
+    are wanted; and in earlier chunks how many are larger (`above`) and how many share them (`ties`).
+    """
     if PDL:
         tl.extra.cuda.gdc_wait()
         tl.extra.cuda.gdc_launch_dependents()
@@ -126,11 +131,29 @@ def _digit(
     x = _scores(X + row * x_row, F + row * n, i, i < n, HAS_FORCED)
     least = tl.full([], 0, tl.int32)
     room = tl.full([], 0, tl.int32)
-    for part in tl.static_range(PART):
-        total, _ = _counts(HIST, row, chunk, chunks, rows, part, CB)
+    want = tl.full([], 0, tl.int32)
+    above = tl.full([], 0, tl.int32)
+    ties = tl.full([], 0, tl.int32)
+    for part in tl.static_range(PARTS):
+        total, before = _counts(HIST, row, chunk, chunks, rows, part, CB)
         if part == 0:
-            room = _wanted(COUNT, total, row, k, HAS_COUNT)
-        _, least, room = _descend(total, least, room, part)
+            want = _wanted(COUNT, total, row, k, HAS_COUNT)
+            room = want
+        digit, least, room = _descend(total, least, room, part)
+        above += tl.sum(tl.where(tl.arange(0, 256) > digit, before, 0), 0)
+        ties = tl.sum(tl.where(tl.arange(0, 256) == digit, before, 0), 0)
+    return row, chunk, i, x, want, least, room, above, ties
+
+
+@triton.jit
+def _digit(
+    X, F, COUNT, HIST, n, x_row, k, chunks, rows,
+    CH: tl.constexpr, CB: tl.constexpr, PART: tl.constexpr, HAS_FORCED: tl.constexpr, HAS_COUNT: tl.constexpr,
+    PDL: tl.constexpr,
+):  # fmt: skip
+    row, chunk, _, x, _, least, _, _, _ = _begun(
+        X, F, COUNT, HIST, n, x_row, k, chunks, rows, CH, CB, PART, HAS_FORCED, HAS_COUNT, PDL
+    )
     seen = _tally(_ordered(x), x > float("-inf"), least, PART)
     tl.store(HIST + ((PART * rows + row) * chunks + chunk) * 256 + tl.arange(0, 256), seen)
 
@@ -141,25 +164,9 @@ def _pack(
     CH: tl.constexpr, CB: tl.constexpr, KP: tl.constexpr, PARTS: tl.constexpr, HAS_FORCED: tl.constexpr,
     HAS_COUNT: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    if PDL:
-        tl.extra.cuda.gdc_wait()
-        tl.extra.cuda.gdc_launch_dependents()
-    row, chunk = tl.program_id(1).to(tl.int64), tl.program_id(0)
-    i = chunk * CH + tl.arange(0, CH)
-    x = _scores(X + row * x_row, F + row * n, i, i < n, HAS_FORCED)
-    least = tl.full([], 0, tl.int32)
-    room = tl.full([], 0, tl.int32)
-    want = tl.full([], 0, tl.int32)
-    above = tl.full([], 0, tl.int32)  # larger than the last one chosen, in earlier chunks
-    ties = tl.full([], 0, tl.int32)  # equal to it, in earlier chunks
-    for part in tl.static_range(PARTS):
-        total, before = _counts(HIST, row, chunk, chunks, rows, part, CB)
-        if part == 0:
-            want = _wanted(COUNT, total, row, k, HAS_COUNT)
-            room = want
-        digit, least, room = _descend(total, least, room, part)
-        above += tl.sum(tl.where(tl.arange(0, 256) > digit, before, 0), 0)
-        ties = tl.sum(tl.where(tl.arange(0, 256) == digit, before, 0), 0)
+    row, chunk, i, x, want, least, room, above, ties = _begun(
+        X, F, COUNT, HIST, n, x_row, k, chunks, rows, CH, CB, PARTS, HAS_FORCED, HAS_COUNT, PDL
+    )
     key = _ordered(x) >> (32 - 8 * PARTS)
     level = key == least
     equal = tl.cumsum(level.to(tl.int32), 0) + ties
@@ -189,6 +196,7 @@ def launch_slots(
     rows, n = scores.shape
     scores = scores if scores.stride(1) == 1 else scores.contiguous()
     forced = None if forced is None else forced.contiguous().view(torch.uint8)
+    count = None if count is None else count.contiguous()  # one number for all rows comes without a stride
     if n > IN_REGISTERS:
         return launch_long(scores, k, forced, count, unit)[0]
     out = torch.empty(rows, k, dtype=torch.int32, device=scores.device)
@@ -216,7 +224,8 @@ def launch_long(
     tallied: room for the digits, `digits_of` the scores, where who made the scores has counted the first digit already.
     """
     rows, n = scores.shape
-    chunk, chunks, parts = long_settings(n, scores.dtype)
+    count = None if count is None else count.contiguous()
+    chunk, chunks, parts = long_settings(rows, n, scores.dtype)
     out = torch.empty(rows, k, dtype=torch.int32, device=scores.device)
     found = torch.empty(rows, dtype=torch.int32, device=scores.device)
     if not rows:
@@ -234,13 +243,17 @@ def launch_long(
 
 def digits_of(scores: Tensor) -> Tensor:
     """Room for how often each digit occurs in each chunk of a row."""
-    _, chunks, parts = long_settings(scores.shape[1], scores.dtype)
+    _, chunks, parts = long_settings(*scores.shape, scores.dtype)
     return torch.empty(parts, scores.shape[0], chunks, 256, dtype=torch.int32, device=scores.device)
 
 
-def long_settings(n: int, dtype: torch.dtype) -> tuple[int, int, int]:
-    """Scores of a program, programs of a row, and digits of a score: all that differs of a bfloat16 lies in two."""
-    chunk = min(4096, max(512, triton.next_power_of_2(triton.cdiv(n, 128))))
+def long_settings(rows: int, n: int, dtype: torch.dtype) -> tuple[int, int, int]:
+    """Scores of a program, programs of a row, and digits of a score: all that differs of a bfloat16 lies in two.
+
+    Each program adds up the digits of all programs of its row: as few as fill the device with all rows together.
+    """
+    programs = max(32, min(128, 512 // rows))
+    chunk = min(4096, max(512, triton.next_power_of_2(triton.cdiv(n, programs))))
     return chunk, max(1, triton.cdiv(n, chunk)), 2 if dtype == torch.bfloat16 else 4
 
 
@@ -304,115 +317,6 @@ def launch_marked(mask: Tensor, k: int) -> Tensor:
     return out
 
 
-# ---------------------------------------------------------------------- rows of a block map
-
-
-@triton.jit
-def _blocks(
-    X, K, OUT, rows, nq, nk, query_block, key_block, past, first, last, mass,
-    NP: tl.constexpr, MASS: tl.constexpr, SOFTMAX: tl.constexpr, DIAGONAL: tl.constexpr, CAUSAL: tl.constexpr,
-):  # fmt: skip
-    """One row of a map. By count: the bisection counts blocks; by mass: it adds up their shares."""
-    row = tl.program_id(0).to(tl.int64)
-    a = (row % nq).to(tl.int32)
-    i = tl.arange(0, NP)
-    end = tl.minimum((past + (a + 1) * query_block - 1) // key_block + 1, nk)
-    stop = nk
-    if CAUSAL:
-        stop = end
-    allowed = i < stop
-    x = tl.load(X + row * nk + i, mask=allowed, other=float("-inf")).to(tl.float32)
-    visible = x > float("-inf")
-    forced = (i < first) | (i >= stop - last)
-    if DIAGONAL:
-        forced = forced | ((i >= (past + a * query_block) // key_block) & (i < end))
-    forced = forced & allowed
-    rest = visible & (forced == 0)
-    key = _ordered(x)
-    if MASS:
-        if SOFTMAX:
-            share = tl.where(visible, tl.exp(x - tl.max(x, 0)), 0.0)
-        else:
-            share = tl.where(visible, tl.maximum(x, 0.0), 0.0)
-        # Rounding must not add a block where the target is met exactly.
-        goal = mass * (1 - 1e-6) * tl.sum(share, 0) - tl.sum(tl.where(forced, share, 0.0), 0)
-        share = tl.where(rest, share, 0.0)
-        least = tl.where(tl.sum(tl.where(key >= 0, share, 0.0), 0) >= goal, 0, -2147483648)
-        for bit in tl.static_range(31):
-            trial = least + (1 << (30 - bit))
-            least = tl.where(tl.sum(tl.where(key >= trial, share, 0.0), 0) >= goal, trial, least)
-        above = rest & (key > least)
-        level = rest & (key == least)
-        one = tl.max(tl.where(level, share, 0.0), 0)
-        before = tl.sum(tl.where(above, share, 0.0), 0) + (tl.cumsum(level.to(tl.int32), 0) - 1) * one
-        picked = above | (level & (before < goal))  # none of either where the forced blocks reach the goal
-    else:
-        want = tl.load(K + row).to(tl.int32) - tl.sum(forced.to(tl.int32), 0)
-        want = tl.minimum(want, tl.sum(rest.to(tl.int32), 0))
-        least = tl.where(tl.sum((rest & (key >= 0)).to(tl.int32), 0) >= want, 0, -2147483648)
-        for bit in tl.static_range(31):
-            trial = least + (1 << (30 - bit))
-            least = tl.where(tl.sum((rest & (key >= trial)).to(tl.int32), 0) >= want, trial, least)
-        above = rest & (key > least)
-        level = rest & (key == least)
-        room = want - tl.sum(above.to(tl.int32), 0)
-        picked = (above | (level & (tl.cumsum(level.to(tl.int32), 0) <= room))) & (want > 0)
-    picked = picked | forced
-    if tl.sum(picked.to(tl.int32), 0) == 0:
-        best = tl.min(tl.where(visible & (key == tl.max(key, 0)), i, NP), 0)
-        picked = i == tl.where(best < NP, best, end - 1)
-    tl.store(OUT + row * nk + i, picked.to(tl.int8), mask=i < nk)
-
-
-@torch.library.custom_op("foveal::top_blocks", mutates_args=())
-def _top_blocks(
-    scores: Tensor, k: Tensor | None, mass: float, softmax: bool, query_block: int, key_block: int, past: int,
-    keep_first: int, keep_last: int, diagonal: bool, causal: bool,
-) -> Tensor:  # fmt: skip
-    return launch_blocks(
-        scores, k, mass, softmax, query_block, key_block, past, keep_first, keep_last, diagonal, causal
-    )  # fmt: skip
-
-
-@_top_blocks.register_fake
-def _(scores, k, mass, softmax, query_block, key_block, past, keep_first, keep_last, diagonal, causal):
-    return torch.empty_like(scores, dtype=torch.bool, memory_format=torch.contiguous_format)
-
-
-def top_blocks(scores: Tensor, rule: int | float | Tensor, normalize: str, *shape) -> Tensor:
-    """A list per row by count (an int or a tensor) or by mass (a float); `shape` as in `foveal.ops.top_blocks`."""
-    if isinstance(rule, float):
-        return _top_blocks(scores, None, rule, normalize == "softmax", *shape)
-    rule = (
-        torch.full((), rule, dtype=torch.int32, device=scores.device)
-        if isinstance(rule, int)
-        else rule.to(scores.device)
-    )
-    return _top_blocks(scores, rule.expand(scores.shape[:3]), 0.0, True, *shape)
-
-
-def launch_blocks(
-    scores, k, mass, softmax, query_block, key_block, past, keep_first, keep_last, diagonal, causal
-) -> Tensor:
-    scores = scores.contiguous()
-    batch, heads, nq, nk = scores.shape
-    rows = batch * heads * nq
-    out = torch.empty(scores.shape, dtype=torch.bool, device=scores.device)
-    if rows:
-        width = max(16, triton.next_power_of_2(nk))
-        _blocks[(rows,)](
-            scores, scores if k is None else k.contiguous(), out.view(torch.int8), rows, nq, nk, query_block, key_block, past,
-            keep_first, keep_last, mass, NP=width, MASS=k is None, SOFTMAX=softmax, DIAGONAL=diagonal, CAUSAL=causal,
-            num_warps=blocks_warps(width),
-        )  # fmt: skip
-    return out
-
-
-def blocks_warps(width: int) -> int:
-    """One warp up to 512 blocks, so that the many sums of a row need no barrier."""
-    return max(1, min(32, width // 512))
-
-
 # ---------------------------------------------------------------------- compiling without a GPU
 
 
@@ -438,11 +342,4 @@ def variants() -> list[Variant]:
     constants = {"CH": MASK, "CP": 8192, "KP": 1024, "PDL": True}
     types = {"M": "*u8", "OUT": "*i32", "n": "i32", "m_row": "i32", "k": "i32"}
     found.append(Variant("marked", _marked, types, constants, {"num_warps": 8}))
-    numbers = ("rows", "nq", "nk", "query_block", "key_block", "past", "first", "last")
-    signature = {"X": "*fp32", "K": "*i32", "OUT": "*i8", "mass": "fp32"} | dict.fromkeys(numbers, "i32")
-    for width in (64, 1024, 8192):
-        for mass in (False, True):
-            constants = {"NP": width, "MASS": mass, "SOFTMAX": width != 64, "DIAGONAL": True, "CAUSAL": True}
-            options = {"num_warps": blocks_warps(width)}
-            found.append(Variant(f"blocks {width} mass={mass}", _blocks, signature, constants, options))
     return found

@@ -12,8 +12,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .launch import dependent, given, padded
-from .ragged import GROUP, LOG2E, Wanted
+from .launch import LOG2E, dependent, given, padded
+from .ragged import GROUP, Wanted
 from .ragged import launch as attend
 from .top import _ordered, _tally, digits_of, launch_long, long_settings
 from .variants import Variant
@@ -216,13 +216,13 @@ def launch(
         PRECISE=q.dtype == torch.float32, STAGES=stages, num_warps=warps, **ended,
     )  # fmt: skip
     score = torch.empty(lists, bound, dtype=torch.bfloat16 if coarse else torch.float32, device=device)
-    chunk, chunks, _ = long_settings(bound, score.dtype)
+    chunk, chunks, _ = long_settings(lists, bound, score.dtype)
     hist = digits_of(score)
     marks = None if marks is None else marks.view(torch.uint8)
     _votes[(chunks, lists)](
         z, top[0], top[1], length, extra[0], extra[2], given(marks, length), score, hist, bound, tiles, chunks,
         0 if marks is None else marks.stride(0), sink, recent, HEADS=heads, ROWS=KV if whole else 1, HB=heads_at_once(heads, chunk),
-        CH=chunk, TB=128, SHARE=SHARE[share], OWN=own, num_warps=8, **ended,
+        CH=chunk, TB=tiles_at_once(heads, chunk), SHARE=SHARE[share], OWN=own, num_warps=8, **ended,
     )  # fmt: skip
     return launch_long(score, k, count=count, tallied=hist)
 
@@ -236,6 +236,11 @@ def logits_settings(head_dim: int, itemsize: int, turn: bool) -> tuple[int, int,
 
 def heads_at_once(heads: int, chunk: int) -> int:
     return max(1, min(triton.next_power_of_2(heads), 8192 // chunk))
+
+
+def tiles_at_once(heads: int, chunk: int) -> int:
+    """Each program joins all tiles of all heads, one wait for memory after the other: as few as registers allow."""
+    return max(128, 4096 // heads_at_once(heads, chunk))
 
 
 # ---------------------------------------------------------------------- the least of a list
@@ -341,7 +346,7 @@ def variants() -> list[Variant]:
             "ROWS": 8,
             "HB": heads_at_once(heads, chunk),
             "CH": chunk,
-            "TB": 128,
+            "TB": tiles_at_once(heads, chunk),
             "SHARE": SHARE[share],
         }
         constants |= {"OWN": share == "max", "HAS_ENDS": heads == 64, "HAS_KEPT": heads == 64, "PDL": True}

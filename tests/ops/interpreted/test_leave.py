@@ -7,7 +7,7 @@ from foveal.edits import Keep, Leave, Plane
 from foveal.ops import leave as op
 from foveal.ops.gpu import leave as gpu
 from foveal.ops.gpu.ragged import Wanted, launch
-from foveal.ops.pages import attend_ragged
+from foveal.ops.paged_attention import attend_ragged
 from foveal.ops.ragged import Logit
 from foveal.store import FAR, LayerStore, Layout
 

@@ -7,9 +7,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from foveal.ops import pages as op
+from foveal.ops import paged_attention as op
 from foveal.ops.gpu import pages as moves
 from foveal.ops.gpu.ragged import Wanted, launch
+from foveal.ops.pages import Pages, append_page_keys, drop_page_keys
 from foveal.ops.ragged import Logit
 from foveal.ops.recent import Recent
 from foveal.ops.route import Route
@@ -32,7 +33,7 @@ def make(lengths, group, dim, *, size=32, value_dim=None, dtype=torch.float32, f
 
         for name in ("key", "value"):
             stored[name], stored[name + "_scale"] = encode(stored[name], format)
-    pages = op.Pages(
+    pages = Pages(
         table=table, length=torch.tensor(lengths, dtype=torch.int32), bound=max(lengths), format=format, **stored
     )
     return torch.randn(len(lengths), group, dim, generator=g).to(dtype), pages
@@ -183,7 +184,7 @@ def state(lengths, size=4, dim=8, format=None):
     stack = torch.zeros(total, dtype=torch.int32)
     stack[: len(free)] = torch.tensor(free, dtype=torch.int32)
     token = torch.full((len(lengths), table.shape[1] * size), 2**31 - 1, dtype=torch.int32)
-    pages = op.Pages(
+    pages = Pages(
         pages.key, pages.value, table, pages.length, table.shape[1] * size, format, pages.key_scale, pages.value_scale
     )
     return pages, stack, torch.tensor([len(free)], dtype=torch.int32), token
@@ -296,7 +297,7 @@ def test_appends_and_drops_equal_the_plain_ones(format, window):
     for step in range(12):
         slot = torch.tensor([step % 3 - 1, 2, -1])
         if step % 3 == 2:
-            op.drop_page_keys(*first[:3], slot)
+            drop_page_keys(*first[:3], slot)
             moves.drop(*second[:3], slot)
         elif step < 5:
             key, value = torch.randn(2, 3, 8, generator=g)
@@ -304,7 +305,7 @@ def test_appends_and_drops_equal_the_plain_ones(format, window):
                 key, value = (x.mul(100).to(torch.float8_e4m3fn).float() for x in (key, value))
                 key[:, 0] = value[:, 0] = 448
             ids = torch.full((3,), step, dtype=torch.int32)
-            op.append_page_keys(*first[:3], key, value, first[3], ids)
+            append_page_keys(*first[:3], key, value, first[3], ids)
             moves.append(*second[:3], key, value, second[3], ids)
         assert torch.equal(first[0].length, second[0].length) and torch.equal(first[2], second[2])
         assert torch.equal(first[3], second[3])

@@ -7,8 +7,11 @@ import torch
 
 from foveal.ops import scores, tokens, top
 
-gpu_scores = pytest.importorskip("foveal.ops.gpu.scores", reason="needs triton")
+antidiagonals = pytest.importorskip("foveal.ops.gpu.antidiagonals", reason="needs triton")
+pooled = pytest.importorskip("foveal.ops.gpu.pooled", reason="needs triton")
+window = pytest.importorskip("foveal.ops.gpu.window", reason="needs triton")
 gpu_top = pytest.importorskip("foveal.ops.gpu.top", reason="needs triton")
+gpu_top_blocks = pytest.importorskip("foveal.ops.gpu.top_blocks", reason="needs triton")
 gpu_tokens = pytest.importorskip("foveal.ops.gpu.tokens", reason="needs triton")
 
 DTYPES = [torch.float32, torch.bfloat16]
@@ -39,7 +42,7 @@ def test_page_bound(group, dtype):
             for rest in ((None, 1, 0, 0), (count, 1, 1, 2), (count * 5 - (count > 0).int(), 5, 0, 1)):
                 options = dict(zip(("count", "size", "keep_first", "keep_last"), rest, strict=True))
                 close(
-                    gpu_scores.launch_bound(q, lo, hi, how or "none", *rest),
+                    pooled.launch_bound(q, lo, hi, how or "none", *rest),
                     scores.page_bound(q, lo, hi, group=how, **options),
                 )
 
@@ -49,16 +52,16 @@ def test_page_bound(group, dtype):
 def test_pool_blocks(pool, dtype):
     for length, size in ((77, 16), (5, 8), (4, 1), (130, 50)):
         x = rand(2, length, 2, 24, dtype=dtype)
-        close(gpu_scores.launch_pool(x, size, pool), scores.pool_blocks(x, size, pool))
+        close(pooled.launch_pool(x, size, pool), scores.pool_blocks(x, size, pool))
 
 
 @pytest.mark.parametrize(("softcap", "dtype"), [(None, torch.float32), (None, torch.bfloat16), (3.0, torch.float32)])
 @pytest.mark.parametrize(("heads", "kv_heads"), [(6, 2), (3, 1)])
 def test_window_scores(heads, kv_heads, dtype, softcap, monkeypatch):
-    monkeypatch.setattr(gpu_scores, "WINDOW_KEYS", 64)
+    monkeypatch.setattr(window, "WINDOW_KEYS", 64)
     for length, total, last in ((40, 100, 40), (70, 70, 67), (1, 33, 1)):
         q, k = rand(1, length, heads, 24, dtype=dtype), rand(1, total, kv_heads, 24, dtype=dtype)
-        found = gpu_scores.launch_window(q, k, last, 0.3, softcap)
+        found = window.launch_window(q, k, last, 0.3, softcap)
         for ours, plain in zip(found, scores.window_scores(q, k, last, scale=0.3, softcap=softcap), strict=True):
             close(ours, plain)
 
@@ -66,11 +69,11 @@ def test_window_scores(heads, kv_heads, dtype, softcap, monkeypatch):
 @pytest.mark.parametrize(("causal", "dtype"), [(True, torch.float32), (True, torch.bfloat16), (False, torch.float32)])
 @pytest.mark.parametrize(("heads", "kv_heads"), [(4, 2), (3, 1)])
 def test_antidiagonal_scores(heads, kv_heads, dtype, causal, monkeypatch):
-    monkeypatch.setattr(gpu_scores, "SCRATCH", 1000)  # a few heads at a time
-    monkeypatch.setattr(gpu_scores, "antidiagonal_settings", lambda dim, itemsize: (16, 16, 16, 4))
+    monkeypatch.setattr(antidiagonals, "SCRATCH", 1000)  # a few heads at a time
+    monkeypatch.setattr(antidiagonals, "antidiagonal_settings", lambda dim, itemsize: (16, 16, 16, 4))
     for length, total, block, stride in ((50, 50, 16, 4), (21, 40, 8, 8), (5, 18, 8, 1)):
         q, k = rand(1, length, heads, 32, dtype=dtype), rand(1, total, kv_heads, 32, dtype=dtype)
-        found = gpu_scores.launch_antidiagonal(q, k, block, stride, 0.4, causal)
+        found = antidiagonals.launch_antidiagonal(q, k, block, stride, 0.4, causal)
         expected = scores.antidiagonal_scores(q, k, block, stride, scale=0.4, causal=causal)
         close(found.masked_fill(expected == -math.inf, -math.inf), expected)
 
@@ -115,6 +118,14 @@ def test_how_many_are_chosen_of_a_long_row():
     assert found.tolist() == (slots >= 0).sum(1).tolist() and found[0] == 0 and 0 < found[2] < 500
 
 
+@pytest.mark.parametrize("launch", [gpu_top.launch_slots, lambda *x: gpu_top.launch_long(*x)[0]])
+def test_one_number_for_all_rows_may_be_a_view(launch):
+    """As `expand` gives it, with a stride of zero: what lies behind it in memory is another's."""
+    x, behind = rows_of("plain", 3, 150), torch.tensor([7, 0, 3])
+    slots = launch(x, 20, None, behind[:1].expand(3))
+    assert torch.equal(slots, top.top_slots(x, 20, count=torch.full((3,), 7)))
+
+
 def test_marked_slots():
     g = torch.Generator().manual_seed(5)
     for n, k in ((1, 3), (700, 40), (9000, 4000)):
@@ -135,10 +146,10 @@ def test_top_blocks(kind):
         names = dict(zip(("keep_first", "keep_last", "diagonal", "causal"), shape, strict=True))
         names |= {"size": size, "past": past}
         each = torch.randint(0, nk + 2, (1, 1, nq), dtype=torch.int32)
-        found = gpu_top.launch_blocks(x, each, 0.0, True, *size, past, *shape)
+        found = gpu_top_blocks.launch_blocks(x, each, 0.0, True, *size, past, *shape)
         assert torch.equal(found, top.top_blocks(x, k=each, **names)), (nq, nk, each, shape)
         for mass, normalize in ((0.2, "softmax"), (0.9, "softmax"), (0.7, "sum")):
-            found = gpu_top.launch_blocks(x, None, mass, normalize == "softmax", *size, past, *shape)
+            found = gpu_top_blocks.launch_blocks(x, None, mass, normalize == "softmax", *size, past, *shape)
             assert torch.equal(found, top.top_blocks(x, mass=mass, normalize=normalize, **names)), (nq, nk, mass, shape)
 
 
@@ -190,14 +201,14 @@ def test_operators_describe_their_results():
     slots = torch.randint(0, 13, (1, 2, 3, 4), dtype=torch.int32)
     checks = ("test_schema", "test_faketensor")
     for op, args in (
-        (gpu_scores.page_bound, (row, pages, pages + 1, "max", None, 1, 1, 1)),
-        (gpu_scores.page_bound, (row, pages, pages + 1, "none", torch.tensor([1, 2, 3]), 2, 0, 0)),
-        (gpu_scores.pool_blocks, (q, 4, "mean")),
-        (gpu_scores.window_scores, (q, k, 5, 0.3, None)),
-        (gpu_scores.antidiagonal_scores, (q, k, 4, 2, 0.3, True)),
+        (pooled.page_bound, (row, pages, pages + 1, "max", None, 1, 1, 1)),
+        (pooled.page_bound, (row, pages, pages + 1, "none", torch.tensor([1, 2, 3]), 2, 0, 0)),
+        (pooled.pool_blocks, (q, 4, "mean")),
+        (window.window_scores, (q, k, 5, 0.3, None)),
+        (antidiagonals.antidiagonal_scores, (q, k, 4, 2, 0.3, True)),
         (gpu_top.top_slots, (torch.randn(3, 20), 4, None, None, 1)),
         (gpu_top.marked_slots, (torch.rand(3, 20) < 0.5, 4)),
-        (gpu_top._top_blocks, (x, None, 0.5, True, 4, 4, 8, 0, 0, True, True)),
+        (gpu_top_blocks._top_blocks, (x, None, 0.5, True, 4, 4, 8, 0, 0, True, True)),
         (gpu_tokens.attend_tokens, (q, k, v, slots, None, None, 3, 0.3)),
     ):
         torch.library.opcheck(op, args, test_utils=checks)

@@ -15,7 +15,7 @@ from foveal.ops.votes import Kept, Turn
 
 gpu = pytest.importorskip("foveal.ops.gpu.votes", reason="needs triton")
 gpu_renumbered = pytest.importorskip("foveal.ops.gpu.renumbered", reason="needs triton")
-gpu_scores = pytest.importorskip("foveal.ops.gpu.scores", reason="needs triton")
+gpu_pooled = pytest.importorskip("foveal.ops.gpu.pooled", reason="needs triton")
 
 KV = 2
 
@@ -225,4 +225,4 @@ def test_operators_describe_their_results():
     args = (q, pages.key, pages.value, *rest, 0.3, None, slots.repeat(2, 1), marks, 3, None, KV, False)
     torch.library.opcheck(gpu.drop_least, args, test_utils=checks)
     args = (pages.key, pages.table, pages.length, 4, torch.zeros(4, 9, 16), torch.zeros(4, 9, 16), None)
-    torch.library.opcheck(gpu_scores.pool_newest, args, test_utils=checks)
+    torch.library.opcheck(gpu_pooled.pool_newest, args, test_utils=checks)
