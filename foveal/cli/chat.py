@@ -4,13 +4,24 @@ from __future__ import annotations
 
 import sys
 import time
-from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from ..errors import InputError
-from .shared import Device, Dtype, Model, app, budget_value, console, errors, load_model
+from .shared import (
+    BudgetText,
+    Device,
+    Dtype,
+    MethodName,
+    Model,
+    ProfileFile,
+    app,
+    budget_value,
+    console,
+    errors,
+    load_model,
+)
 
 if TYPE_CHECKING:
     from ..serve import Sampling, Worker
@@ -18,20 +29,16 @@ if TYPE_CHECKING:
 HELP = (
     "[dim]/new forgets the conversation, /kept draws the keys of the last answer, /exit ends; Ctrl-C stops an answer[/]"
 )
+LOOK = 0.1  # seconds between two looks at the keys kept
 SHADES = " ▁▂▃▄▅▆▇█"
 
 
 @app.command()
 def chat(
     model: Model = None,
-    method: Annotated[
-        str | None, typer.Option(help='A name, or a composition like "quest|h2o(budget=0.5)"; default: dense.')
-    ] = None,
-    budget: Annotated[str | None, typer.Option(help="Share of the tokens seen (0.25) or token count (512).")] = None,
-    profile: Annotated[
-        Path | None,
-        typer.Option(help="A foveal.toml that `foveal tune` wrote: its method, and its model unless one is named."),
-    ] = None,
+    method: MethodName = None,
+    budget: BudgetText = None,
+    profile: ProfileFile = None,
     system: Annotated[str | None, typer.Option(help="What the model is told before the conversation.")] = None,
     tokens: Annotated[int, typer.Option(help="Most tokens of an answer.", min=1)] = 512,
     temperature: Annotated[float, typer.Option(help="0 is greedy.", min=0, max=2)] = 0.0,
@@ -44,25 +51,21 @@ def chat(
     dtype: Dtype = None,
 ) -> None:
     """Talk to a model, and see after each answer what its cache kept, what it dropped, and how fast it was."""
-    from ..profile import load_profile
     from ..serve import Sampling, Worker
-    from ..spec import written
+    from ..serve.menu import chosen
 
-    if profile is not None and not method is budget is None:
-        raise InputError("a profile says method and budget: give --profile, or --method and --budget")
     if not 0 < memory < 1e6:
         raise InputError(f"--memory {memory}: expected a number of GiB above 0")
     sampling = Sampling(temperature=temperature, top_p=top_p, seed=seed, max_tokens=tokens)
-    found = None if profile is None else load_profile(profile)
-    limit = None if budget is None else budget_value(budget, "--budget")
+    found, keeper = chosen(method, budget_value(budget, "--budget"), profile)
     network, tokenizer = load_model(found.model.get("name") if found and model is None else model, device, dtype)
     if not tokenizer.chat_template:
         raise InputError("this model has no chat template, so it cannot be talked to: use `foveal generate --plain`")
     if found is not None:
         with found.attach(network):  # refuses a profile of another model
-            method = written(found.method)
-    settings = {"layout": found.layout} if found else {}
-    with Worker(network, tokenizer, method=method, budget=limit, memory=int(memory * 2**30), **settings) as worker:
+            pass
+    layout = found.layout if found else None
+    with Worker(network, tokenizer, method=keeper, layout=layout, memory=int(memory * 2**30)) as worker:
         Conversation(worker, tokenizer, sampling, system).run()
 
 
@@ -113,14 +116,15 @@ class Conversation:
             self.messages.pop()
             errors.print(f"[yellow]{error}; /new starts another conversation[/]", highlight=False)
             return
-        answer, times, last = [], [], None
+        answer, times, last, looked = [], [], None, -LOOK
         console.print("[bold green]model >[/] ", end="")
         while last is None:
             try:
                 for event in stream:
                     if event.kind == "token":
                         times.append(time.perf_counter())
-                        if len(times) % 16 == 1:
+                        if times[-1] - looked >= LOOK:
+                            looked = times[-1]
                             self.kept = self.worker.kept(id) or self.kept
                     else:
                         last = event

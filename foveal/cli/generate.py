@@ -3,27 +3,32 @@
 from __future__ import annotations
 
 import sys
-from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from ..errors import InputError
-from .shared import Device, Dtype, app, budget_value, check_fits, errors, load_model
+from .shared import (
+    BudgetText,
+    Device,
+    Dtype,
+    MethodName,
+    ProfileFile,
+    app,
+    budget_value,
+    check_fits,
+    errors,
+    load_model,
+)
 
 
 @app.command()
 def generate(
     prompt: Annotated[str, typer.Argument(help="The prompt; '-' reads it from standard input.")],
     model: Annotated[str | None, typer.Option(help="Hugging Face id or local folder.")] = None,
-    method: Annotated[
-        str | None, typer.Option(help='A name, or a composition like "quest|h2o(budget=0.5)"; default: dense.')
-    ] = None,
-    budget: Annotated[str | None, typer.Option(help="Share of the tokens seen (0.25) or token count (512).")] = None,
-    profile: Annotated[
-        Path | None,
-        typer.Option(help="A foveal.toml that `foveal tune` wrote: its method, and its model unless --model."),
-    ] = None,
+    method: MethodName = None,
+    budget: BudgetText = None,
+    profile: ProfileFile = None,
     tokens: Annotated[int, typer.Option(help="Most tokens to generate.")] = 128,
     plain: Annotated[
         bool, typer.Option("--plain", help="Give the prompt as it is, without the chat template.")
@@ -32,17 +37,11 @@ def generate(
     dtype: Dtype = None,
 ) -> None:
     """Generate greedily with a method, and say what the cache came to."""
-    from .. import attach, get_method
-    from ..profile import load_profile
+    from .. import attach
+    from ..serve.menu import chosen
     from ..tasks.task import encode
 
-    if profile is not None and not method is budget is None:
-        raise InputError("a profile says method and budget: give --profile, or --method and --budget")
-    found = None if profile is None else load_profile(profile)
-    params = {} if budget is None else {"budget": budget_value(budget, "--budget")}
-    if method in (None, "dense") and params:
-        raise InputError("dense attention keeps everything and takes no --budget: name a method with --method")
-    chosen = found.method if found else None if method in (None, "dense") else get_method(method, **params)
+    found, keeper = chosen(method, budget_value(budget, "--budget"), profile)
     if tokens < 1:
         raise InputError(f"--tokens {tokens}: ask for at least one token")
     text = sys.stdin.buffer.read().decode(errors="replace") if prompt == "-" else prompt
@@ -59,8 +58,8 @@ def generate(
         ids = encode(tokenizer, text)
     else:
         ids = encode(tokenizer, text, special=True)
-    check_fits(network, chosen, len(ids), tokens)
-    with found.attach(network) if found else attach(network, chosen) as session:
+    check_fits(network, keeper, len(ids), tokens)
+    with found.attach(network) if found else attach(network, keeper) as session:
         network.generate(
             torch.tensor([ids], device=network.device),
             attention_mask=torch.ones(1, len(ids), dtype=torch.long, device=network.device),

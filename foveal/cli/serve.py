@@ -9,20 +9,26 @@ from typing import Annotated
 import typer
 
 from ..errors import InputError
-from .shared import Device, Dtype, Model, app, budget_value, errors, split_values
+from .shared import (
+    BudgetText,
+    Device,
+    Dtype,
+    MethodName,
+    Model,
+    ProfileFile,
+    app,
+    budget_value,
+    errors,
+    split_values,
+)
 
 
 @app.command()
 def serve(
     model: Model = None,
-    method: Annotated[
-        str | None, typer.Option(help='A name, or a composition like "quest|h2o(budget=0.5)"; default: dense.')
-    ] = None,
-    budget: Annotated[str | None, typer.Option(help="Share of the tokens seen (0.25) or token count (512).")] = None,
-    profile: Annotated[
-        Path | None,
-        typer.Option(help="A foveal.toml that `foveal tune` wrote: its method, and its model unless one is named."),
-    ] = None,
+    method: MethodName = None,
+    budget: BudgetText = None,
+    profile: ProfileFile = None,
     allow: Annotated[
         list[str] | None,
         typer.Option(
@@ -54,13 +60,14 @@ def serve(
     max_running: Annotated[int, typer.Option(help="Requests that decode together.", min=1)] = 64,
     max_waiting: Annotated[int, typer.Option(help="Requests that may wait; more get 429.", min=1)] = 64,
     max_per_key: Annotated[int | None, typer.Option(help="Requests one key may have at once.", min=1)] = None,
+    max_choices: Annotated[int, typer.Option(help="Answers one request may ask for: n times its prompts.", min=1)] = 8,
     deadline: Annotated[float, typer.Option(help="Seconds a request may take.")] = 600.0,
     ray: Annotated[
         bool, typer.Option("--ray", help="Deploy on Ray Serve, on the cluster of $RAY_ADDRESS or here.")
     ] = False,
     replicas: Annotated[
-        str, typer.Option(help="With --ray: how many engines, as 2 or as 1-8 to follow the load.")
-    ] = "1",
+        str | None, typer.Option(help="With --ray: how many engines, as 2 or as 1-8 to follow the load; default: 1.")
+    ] = None,
     tensor_parallel: Annotated[
         int, typer.Option(help="Processes that hold the model together, a GPU or a part of the cores each.", min=1)
     ] = 1,
@@ -77,7 +84,7 @@ def serve(
     plan = Plan(
         model=model,
         method=method,
-        budget=None if budget is None else budget_value(budget, "--budget"),
+        budget=budget_value(budget, "--budget"),
         profile=None if profile is None else str(profile),
         allow=tuple(allow or ()),
         budgets=tuple(budget_value(b, "--budgets") for b in split_values(budgets, "budgets")),
@@ -94,16 +101,19 @@ def serve(
         max_running=max_running,
         max_waiting=max_waiting,
         max_per_key=max_per_key,
+        max_choices=max_choices,
         deadline=deadline,
         device=device,
         dtype=dtype,
         tensor_parallel=tensor_parallel,
     )
     plan.check()
+    if replicas is not None and not ray:
+        raise InputError("--replicas are Ray's: add --ray, or leave it out")
     if ray:
         from ..serve.cluster import serve_on_ray
 
-        serve_on_ray(plan, replicas)
+        serve_on_ray(plan, replicas or "1")
         return
     run.tolerate_full_disk()
     listener = run.inherited()

@@ -49,6 +49,14 @@ Device = Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1, ...; defaul
 Dtype = Annotated[
     str | None, typer.Option(help="float32, bfloat16 or float16; default: float32 on a CPU, bfloat16 elsewhere.")
 ]
+MethodName = Annotated[
+    str | None, typer.Option(help='A name, or a composition like "quest|h2o(budget=0.5)"; default: dense.')
+]
+BudgetText = Annotated[str | None, typer.Option(help="Share of the tokens seen (0.25) or token count (512).")]
+ProfileFile = Annotated[
+    Path | None,
+    typer.Option(help="A foveal.toml that `foveal tune` wrote: its method, and its model unless one is named."),
+]
 TASKS = f"Comma-separated, options in brackets (\"longbench(subset='hotpotqa', data='folder')\"): {', '.join(known_tasks())}."
 
 
@@ -97,9 +105,11 @@ def read_text(file: Path) -> str:
     return file.read_bytes().decode(errors="replace")
 
 
-def budget_value(text: str, option: str) -> float | int:
+def budget_value(text: str | None, option: str) -> float | int | None:
     from ..method import check_budget
 
+    if text is None:
+        return None
     try:
         value = float(text) if any(c in text for c in ".eE") else int(text)
     except ValueError:

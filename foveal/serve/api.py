@@ -50,7 +50,7 @@ class Choice:
 
 
 class Api:
-    """Turns request bodies into jobs. `name` is the one model served; requests for another are 404."""
+    """Turns request bodies into jobs. `name` is the one model served; requests for another are 404. max_waiting: bodies read at once."""
 
     def __init__(
         self,
@@ -80,7 +80,7 @@ class Api:
 
     async def _job(self, body: bytes, kind: type[Common], key: str) -> Job:
         # Refused before any reading: under overload an answer must not wait for other requests' prompts.
-        if max(self._reading, self.worker.stats().waiting) >= self.max_waiting:
+        if self._reading >= self.max_waiting or self.worker.full:
             raise ApiError(429, "the queue is full: try again in a second", code="queue_full", retry_after=1)
         loop = asyncio.get_running_loop()
         self._reading += 1

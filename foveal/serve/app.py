@@ -8,7 +8,6 @@ import hashlib
 import logging
 import re
 import time
-import traceback
 import uuid
 from contextlib import aclosing, suppress
 from importlib import resources
@@ -23,6 +22,7 @@ from transformers import PreTrainedTokenizerBase
 
 from .. import __version__
 from .api import Api, Job
+from .engine import where
 from .keys import Keys
 from .limits import Guard, Limits, read_body
 from .metrics import Metrics
@@ -253,9 +253,7 @@ class Gate:
         except ApiError as error:
             await error.response(browser=scope["path"] == "/")(scope, receive, numbered)
         except Exception as error:
-            # Where, not what: an exception's words may quote a prompt. FastAPI has sent its answer before it raises.
-            place = traceback.extract_tb(error.__traceback__)[-1]
-            log.error("%s failed: %s in %s:%s", request_id, type(error).__name__, place.filename, place.lineno)
+            log.error("%s failed: %s", request_id, where(error))  # FastAPI has sent its answer before it raises
         finally:
             status = LEFT if state.get("left") else status
             self.service.metrics.answered(scope["path"], status)

@@ -24,7 +24,7 @@ from ..errors import InputError
 from ..hub import default_device
 from .app import Service, build_app
 from .launch import Plan
-from .request import Event, Full, NotAllowed, Request, Stats, Stream, TooLong, Unavailable, Usage
+from .request import Event, Full, Request, Stats, Stream, Unavailable, Usage
 from .run import listen, log_to_stderr
 
 try:
@@ -40,9 +40,8 @@ except ModuleNotFoundError as error:
 log = logging.getLogger("foveal.serve")
 PREFIX = 64  # tokens of a prompt by which requests that may share a prefix find the same replica
 _TRIES = 5
-_QUIET = {
-    "enable_access_log": False
-}  # the gate writes a line for each request, and Ray would for each question to a replica
+# The gate writes a line for each request, and Ray would for each question to a replica.
+_QUIET = {"enable_access_log": False}
 _GRACE = 30  # seconds for accepted requests when replicas go
 
 
@@ -96,8 +95,8 @@ class Replica:
         deadline = None if left is None else time.monotonic() + left
         try:
             stream = self.worker.submit(replace(request, deadline=deadline))
-        except (TooLong, Full, Unavailable, InputError) as error:
-            yield _told(error)
+        except (Full, Unavailable, InputError) as error:
+            yield error
             return
         try:
             yield None  # accepted
@@ -107,27 +106,13 @@ class Replica:
             stream.cancel()  # harmless when it is over; else the front has left
 
 
-def _told(error: Exception) -> tuple[str, tuple]:
-    """An exception as plain data: Ray pickles exceptions by their message alone."""
-    if isinstance(error, TooLong):
-        return "TooLong", (error.prompt, error.limit)
-    if isinstance(error, Full):
-        return "Full", (str(error), error.retry_after)
-    return type(error).__name__, (str(error),)
-
-
-def _meant(told: tuple[str, tuple]) -> Exception:
-    name, arguments = told
-    known = {"TooLong": TooLong, "Full": Full, "Unavailable": Unavailable, "NotAllowed": NotAllowed}
-    return known.get(name, InputError)(*arguments)
-
-
 class RemoteWorker:
-    """A `Worker` in all that the application asks of one, over a handle to replicas. max_live: requests in flight before it says Full."""
+    """A `Worker` in all that the application asks of one, over a handle to replicas. max_live: requests in flight before it says Full;
+    max_per_key: of one API key, whichever replicas they are on."""
 
-    def __init__(self, handle, described: dict[str, Any], *, max_live: int):
-        self._handle, self._described, self.max_live = handle, described, max_live
-        self._live: set[asyncio.Task] = set()
+    def __init__(self, handle, described: dict[str, Any], *, max_live: int, max_per_key: int | None = None):
+        self._handle, self._described, self.max_live, self.max_per_key = handle, described, max_live, max_per_key
+        self._live: dict[asyncio.Task, str] = {}  # and whose
         self._draining = False
         self._heard = True
         self._stats = Stats()
@@ -152,16 +137,22 @@ class RemoteWorker:
         """The front can pass requests on; Ray itself replaces replicas."""
         return not self._closed.is_set()
 
+    @property
+    def full(self) -> bool:
+        """As many are in flight as the replicas can run and hold waiting."""
+        return len(self._live) >= self.max_live
+
     def submit(self, request: Request) -> Stream:
         """Pass a request on, and wait until a replica has taken or refused it. Raises what a worker raises."""
         if self._draining or not self.alive:
             raise Unavailable("the server is shutting down: send the request elsewhere")
-        if len(self._live) >= self.max_live:
+        if self.full:
             raise Full(f"{self.max_live} requests are being worked on, which is all there is room for", 1)
+        if self.max_per_key is not None and list(self._live.values()).count(request.key) >= self.max_per_key:
+            raise Full(f"this key has {self.max_per_key} requests running or waiting, which is all it may have", 1)
         if request.sampling.seed is None:
             # With a seed of its own any request can go on elsewhere with the same tokens.
-            seeded = replace(request.sampling, seed=random.getrandbits(63))
-            request = replace(request, sampling=seeded)
+            request = replace(request, sampling=replace(request.sampling, seed=random.getrandbits(63)))
         stream, taken = Stream(request), Future()
         self._loop.call_soon_threadsafe(self._begin, request, stream, taken)
         taken.result()
@@ -197,8 +188,8 @@ class RemoteWorker:
 
     def _begin(self, request: Request, stream: Stream, taken: Future) -> None:
         task = self._loop.create_task(self._pass_on(request, stream, taken))
-        self._live.add(task)
-        task.add_done_callback(self._live.discard)
+        self._live[task] = request.key
+        task.add_done_callback(self._live.pop)
         stream.on_cancel = lambda: self._loop.call_soon_threadsafe(task.cancel)
 
     async def _pass_on(self, request: Request, stream: Stream, taken: Future) -> None:
@@ -233,10 +224,8 @@ class RemoteWorker:
         seen = 0
         try:
             async for item in answer:
-                if isinstance(item, tuple):
-                    if taken.done():  # it was accepted once: another try, elsewhere or later
-                        raise _Busy
-                    raise _meant(item)
+                if isinstance(item, Exception):  # accepted once: another try, elsewhere or later
+                    raise _Busy if taken.done() else item
                 if not taken.done():
                     taken.set_result(None)
                 if item is None:
@@ -289,9 +278,9 @@ def _sum(found: list[Stats]) -> Stats:
 class Front:
     """Ray's way in: the application around a RemoteWorker. make: from a worker to the service."""
 
-    async def __init__(self, engines, make, max_live: int):
+    async def __init__(self, engines, make, bounds: dict[str, int | None]):
         described = await engines.describe.remote()
-        self._app = build_app(make(RemoteWorker(engines, described, max_live=max_live)))
+        self._app = build_app(make(RemoteWorker(engines, described, **bounds)))
 
     def __serve_build_asgi_app__(self):
         return self._app
@@ -304,6 +293,7 @@ def application(
     replicas: int | tuple[int, int] = 1,
     max_running: int = 64,
     max_waiting: int = 64,
+    max_per_key: int | None = None,
     **resources,
 ):
     """The Ray Serve application. make_worker() builds `(worker, tokenizer)` in a replica, make_service(worker) the service in the front.
@@ -311,12 +301,9 @@ def application(
     replicas: how many, or the fewest and the most, which then follow the load. resources: of one replica, as Ray names them (num_cpus,
     num_gpus).
     """
-    most = replicas if isinstance(replicas, int) else replicas[1]
-    scale = (
-        {"num_replicas": replicas}
-        if isinstance(replicas, int)
-        else {"autoscaling_config": _scaling(*replicas, max_running)}
-    )
+    few, most = (replicas, replicas) if isinstance(replicas, int) else replicas
+    follow = {"min_replicas": few, "max_replicas": most, "target_ongoing_requests": max(1, max_running // 2)}
+    scale = {"num_replicas": few} if few == most else {"autoscaling_config": follow}
     engines = serve.deployment(
         Replica,
         name="engine",
@@ -337,11 +324,8 @@ def application(
         logging_config=_QUIET,
         ray_actor_options={"num_cpus": 0},
     )
-    return front.bind(engines, make_service, most * (max_running + max_waiting))
-
-
-def _scaling(fewest: int, most: int, running: int) -> dict[str, float]:
-    return {"min_replicas": fewest, "max_replicas": most, "target_ongoing_requests": max(1, running // 2)}
+    bounds = {"max_live": most * (max_running + max_waiting), "max_per_key": max_per_key}
+    return front.bind(engines, make_service, bounds)
 
 
 def serve_on_ray(plan: Plan, replicas: str) -> None:
@@ -367,19 +351,17 @@ def serve_on_ray(plan: Plan, replicas: str) -> None:
     app = application(
         plan.replica,
         service,
-        replicas=few if few == many else (few, many),
+        replicas=(few, many),
         max_running=plan.max_running,
         max_waiting=plan.max_waiting,
+        max_per_key=plan.max_per_key,
         num_cpus=plan.tensor_parallel,
         num_gpus=int(gpu) * plan.tensor_parallel,
     )
     log_to_stderr()
     try:
-        serve.start(
-            proxy_location="HeadOnly",
-            http_options={"host": plan.host, "port": plan.port},
-            logging_config=_QUIET,
-        )
+        http = {"host": plan.host, "port": plan.port}
+        serve.start(proxy_location="HeadOnly", http_options=http, logging_config=_QUIET)
     except Exception as error:  # Ray's own are of many kinds
         raise InputError(f"Ray cannot be started or reached: {_reason(str(error))}") from error
     before = {number: signal.signal(number, _stop) for number in (signal.SIGTERM, signal.SIGINT)}

@@ -16,6 +16,7 @@ from __future__ import annotations
 import inspect
 import logging
 import time
+import traceback
 from collections import Counter, deque
 from collections.abc import Mapping, Sequence
 
@@ -41,6 +42,12 @@ log = logging.getLogger(__name__)
 CHUNK = {"cpu": 256, "cuda": 2048}
 LATELY = 5.0  # seconds over which speed is counted
 TRIES = 2  # times a sequence may be in a step that fails
+
+
+def where(error: BaseException) -> str:
+    """What kind of exception, and the lines it came through, innermost first; never its words, which may quote a prompt."""
+    places = reversed(traceback.extract_tb(error.__traceback__)[-4:])
+    return f"{type(error).__name__} in {' < '.join(f'{p.filename}:{p.lineno}' for p in places)}"
 
 
 class Engine:
@@ -320,7 +327,7 @@ class Engine:
         """A step failed: its caches are half-way between two tokens, so all in it begin anew, once; then they are told."""
         if "CUDA error" in str(error) or self.ranks.count > 1:
             raise error  # nothing works in this process any more; or the other ranks, which may not have failed, wait for its part
-        log.warning("a step with %d requests failed", len(lives), exc_info=error)
+        log.warning("a step with %d requests failed: %s", len(lives), where(error))
         self._leave(lives)
         for live in lives:
             live.failures += 1

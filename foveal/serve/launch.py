@@ -10,16 +10,18 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+from prometheus_client import disable_created_metrics
+
 from ..default_model import default_folder
 from ..errors import InputError, ModelFileError
-from ..hub import DEFAULT_MODEL, check_files, load, load_tokenizer
-from ..hub import _explained as explained
-from ..method import Budget, get_method
+from ..hub import DEFAULT_MODEL, check_files, explained, load, load_tokenizer
+from ..method import Budget
 from ..profile import Profile, load_profile
-from ..spec import parse, written
+from ..spec import written
 from .app import Service
 from .keys import Keys
 from .limits import Guard, Limits, is_loopback
+from .menu import DEFAULT, Menu, chosen
 from .run import HttpServer, end_with, log_to_stderr
 from .together import start
 from .worker import Worker
@@ -51,6 +53,7 @@ class Plan:
     max_running: int = 64
     max_waiting: int = 64
     max_per_key: int | None = None
+    max_choices: int = 8
     deadline: float = 600.0
     device: str | None = None
     dtype: str | None = None
@@ -72,47 +75,48 @@ class Plan:
         return Keys.read(self.api_keys, self.api_key_file)
 
     @property
+    def limits(self) -> Limits:
+        """What one request may ask for: never more choices than could wait at once, or than one key may have."""
+        choices = min(self.max_choices, self.max_waiting, self.max_per_key or self.max_choices)
+        return Limits(deadline=self.deadline, choices=choices)
+
+    @property
     def offered(self) -> dict[str, str]:
-        """Methods a request may name, with their specifications. Raises InputError for those that cannot be read."""
+        """Methods a request may name, with their specifications. Raises InputError for names that are none or given twice."""
         found = {}
         for text in self.allow:
             # A name has no brackets: "h2o(budget=0.5)" is a specification and its own name.
             name, equals, spec = text.partition("=")
             if not equals or "(" in name:
                 name = spec = text
-            spec = spec.strip()
-            if spec != "dense":
-                parse(spec)
-            found[name.strip()] = spec
+            name = name.strip()
+            if name in ("", DEFAULT, *found):
+                taken = f"'{name}' is the server's own method" if name == DEFAULT else f"'{name}' is there already"
+                raise InputError(f"--allow {text}: {taken if name else 'the name is empty'}: choose another name")
+            found[name] = spec.strip()
         return found
 
     def check(self) -> Profile | None:
         """Raise InputError for anything that is wrong already without the model; returns the profile, if there is one."""
-        if self.profile is not None and not self.method is self.budget is None:
-            raise InputError("a profile says method and budget: give --profile, or --method and --budget")
-        if self.method in (None, "dense") and self.budget is not None:
-            raise InputError("dense attention keeps everything and takes no --budget: name a method with --method")
-        if self.method not in (None, "dense"):
-            get_method(self.method, **({} if self.budget is None else {"budget": self.budget}))
+        profile, method = chosen(self.method, self.budget, self.profile)
+        Menu(method, None, self.offered, self.budgets)
         for option, value in (("--memory", self.memory), ("--deadline", self.deadline)):
             if not math.isfinite(value) or value <= 0:
                 raise InputError(f"{option} {value}: expected a number above 0")
         if self.context is not None and self.context < 2:
             raise InputError(f"--context {self.context}: expected at least 2 tokens, one to read and one to write")
-        _ = self.offered
         if not self.keys and not self.without_key and not is_loopback(self.host):
             raise InputError(
-                f"--host {self.host} lets other machines in, and there is no API key: set FOVEAL_API_KEY, or say --without-key"
+                f"--host '{self.host}' lets other machines in, and there is no API key: set FOVEAL_API_KEY, or say --without-key"
             )
         if self.model is not None and Path(self.model).expanduser().is_dir():
             check_files(self.model)
-        return None if self.profile is None else load_profile(self.profile)
+        return profile
 
     def worker(self):
         """Load the model and start an engine: `(worker, tokenizer)`. Raises InputError for a profile of another model, or
         memory that cannot hold one request."""
-        profile, source = self.check(), safe_source(self.wanted)
-        method, budget = (None, None) if self.method == "dense" else (self.method, self.budget)
+        profile, source, method, budget = self.check(), safe_source(self.wanted), self.method, self.budget
         settings = {
             "allow": self.offered,
             "budgets": self.budgets,
@@ -149,13 +153,14 @@ class Plan:
 
     def service(self, worker: Worker, tokenizer) -> Service:
         """The service around an engine."""
+        disable_created_metrics()  # a time beside every counter, which no dashboard asks for
         return Service(
             worker,
             tokenizer,
             name=self.name or self.wanted or DEFAULT_MODEL,
             keys=self.keys,
             guard=Guard(self.host, self.allowed_hosts),
-            limits=Limits(deadline=self.deadline),
+            limits=self.limits,
             max_waiting=self.max_waiting,
             open_metrics=self.open_metrics,
             details={"budgets": list(self.budgets)},
@@ -164,7 +169,7 @@ class Plan:
     def serve(self, listener: socket.socket, say: Callable[[str], None]) -> None:
         """Serve on a listening socket until a signal to stop; `say` hears when the model is there. Raises what loading raises."""
         log_to_stderr()
-        server = HttpServer(lambda: self.service(*self.worker()), Limits(deadline=self.deadline))
+        server = HttpServer(lambda: self.service(*self.worker()), self.limits)
 
         def ready() -> None:
             doing = server.service.worker.methods.get("default", "dense")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
+from pathlib import Path
 
 import torch
 from transformers import PreTrainedModel
@@ -12,6 +13,7 @@ from ..attach import Session
 from ..errors import InputError, suggest
 from ..method import Budget, Method, check_budget, get_method, iterate
 from ..ops.formats import WIDTHS
+from ..profile import Profile, load_profile
 from ..spec import written
 from ..store import Layout
 from .request import NotAllowed, Request, TooLong
@@ -30,11 +32,12 @@ class Menu:
         for b in budgets:
             check_budget(b, "budgets")
         for name, spec in {DEFAULT: method, **allow}.items():
-            base = spec if spec is None or isinstance(spec, Method) else None if spec == "dense" else get_method(spec)
-            self.found[name, None] = base if budget is None or name != DEFAULT else with_budget(base, budget)
+            base = self.found[name, None] = single(spec, budget if name == DEFAULT else None)
             for b in budgets:
                 if base is not None and "budget" in base.params:
                     self.found[name, b] = with_budget(base, b)
+        if budgets and len(self.found) == len(self.specs):
+            raise InputError("budgets are offered, but no method that takes one: offer one, or leave the budgets out")
 
     def __iter__(self) -> Iterator[Method | None]:
         yield from self.found.values()
@@ -90,11 +93,32 @@ class Gate:
         return method, min(request.sampling.max_tokens, (self.context if evicts else limit) - len(prompt))
 
 
-def with_budget(method: Method | None, budget: Budget) -> Method:
-    if method is None or "budget" not in method.params:
-        raise InputError(
-            f"'{written(method)}' takes no budget: name a method that has one, or write it into the specification"
-        )
+def chosen(
+    method: str | None, budget: Budget | None, profile: str | Path | None
+) -> tuple[Profile | None, Method | None]:
+    """The profile, if one is named, and the method that it or the other two come to. Raises InputError where both are given."""
+    if profile is None:
+        return None, single(method, budget)
+    if not method is budget is None:
+        raise InputError("a profile says method and budget: give --profile, or --method and --budget")
+    found = load_profile(profile)
+    return found, found.method
+
+
+def single(method: str | Method | None, budget: Budget | None = None) -> Method | None:
+    """As `get_method`; None and "dense" are no method at all."""
+    if isinstance(method, Method):
+        return method if budget is None else with_budget(method, budget)
+    if method not in (None, "dense"):
+        return get_method(method, **({} if budget is None else {"budget": budget}))
+    if budget is not None:
+        raise InputError("dense attention keeps everything and takes no budget: name a method that lets keys go")
+    return None
+
+
+def with_budget(method: Method, budget: Budget) -> Method:
+    if "budget" not in method.params:
+        raise InputError(f"'{written(method)}' takes no budget: name a method that has one, or leave the budget out")
     return replace(method, budget=budget)
 
 

@@ -43,6 +43,9 @@ class TooLong(InputError):
         )
         self.prompt, self.limit = prompt, limit
 
+    def __reduce__(self):
+        return TooLong, (self.prompt, self.limit)
+
 
 class NotAllowed(InputError):
     """The request names a method or budget that this server does not offer."""
@@ -54,6 +57,9 @@ class Full(FovealError):
     def __init__(self, message: str, retry_after: int):
         super().__init__(message)
         self.retry_after = retry_after
+
+    def __reduce__(self):
+        return Full, (str(self), self.retry_after)
 
 
 class Unavailable(FovealError):

@@ -16,8 +16,7 @@ from transformers.utils import logging as transformers_logging
 
 from ..default_model import default_folder
 from ..errors import FovealError
-from ..hub import DEFAULT_MODEL, default_device, load
-from ..hub import _explained as explained
+from ..hub import DEFAULT_MODEL, default_device, explained, load
 from ..profile import Profile
 from ..spec import written
 from .engine import Engine

@@ -13,7 +13,7 @@ from dataclasses import replace
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..errors import InputError
-from ..method import Budget
+from ..method import Budget, Method
 from ..store import Layout
 from .engine import Engine
 from .ranks import Alone, First
@@ -40,7 +40,7 @@ class Worker:
         model: PreTrainedModel,
         tokenizer: PreTrainedTokenizerBase,
         *,
-        method: str | None = None,
+        method: str | Method | None = None,
         budget: Budget | None = None,
         allow: Mapping[str, str] | None = None,
         budgets: Sequence[Budget] = (),
@@ -94,7 +94,7 @@ class Worker:
                 raise InputError(f"a request with id '{request.id[:64]}' is running: give every request its own")
             if self.max_per_key is not None and self._keys[request.key] >= self.max_per_key:
                 raise Full(f"this key has {self.max_per_key} requests running or waiting, which is all it may have", 1)
-            if len(self._inbox) + len(engine.schedule.waiting) >= self.max_waiting:
+            if self._waiting() >= self.max_waiting:
                 raise Full(
                     f"{self.max_waiting} requests are waiting, which is all the queue holds", self._retry_after()
                 )
@@ -110,7 +110,7 @@ class Worker:
     def stats(self) -> Stats:
         """Counts as they are now, bytes and speed as of the end of the engine's latest step."""
         with self._news:
-            e, waiting = self._engine, len(self._inbox) + len(self._engine.schedule.waiting)
+            e, waiting = self._engine, self._waiting()
             return replace(
                 self._stats,
                 alive=self.alive,
@@ -143,6 +143,12 @@ class Worker:
     def alive(self) -> bool:
         """The engine's thread runs and has not died."""
         return self._why is None and not self._closing and self._thread.is_alive()
+
+    @property
+    def full(self) -> bool:
+        """Nothing more may wait."""
+        with self._news:
+            return self._waiting() >= self.max_waiting
 
     @property
     def methods(self) -> dict[str, str]:
@@ -189,6 +195,9 @@ class Worker:
             raise Unavailable(f"the engine has stopped ({self._why}): restart it")
         if not self.alive or self._draining:
             raise Unavailable("the server is shutting down: send the request elsewhere")
+
+    def _waiting(self) -> int:
+        return len(self._inbox) + len(self._engine.schedule.waiting)
 
     def _retry_after(self) -> int:
         """Seconds until a place in the queue may be free: the tokens asked for by those who wait, at the present speed."""

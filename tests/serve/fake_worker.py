@@ -70,6 +70,10 @@ class FakeWorker:
     def alive(self) -> bool:
         return self._thread.is_alive() and not self._closed
 
+    @property
+    def full(self) -> bool:
+        return len(self._live) >= self.max_waiting + self.max_running
+
     def submit(self, request: Request) -> Stream:
         with self._lock:
             if self._draining or not self.alive:
@@ -80,7 +84,7 @@ class FakeWorker:
                 raise NotAllowed(f"the method '{request.method}' is not offered here")
             if request.budget is not None and request.budget not in self.budgets:
                 raise NotAllowed(f"the budget {request.budget} is not offered here")
-            if len(self._live) >= self.max_waiting + self.max_running:
+            if self.full:
                 raise Full("the queue is full: try again in 2 seconds", 2)
             if self.max_per_key is not None and self._of(request.key) >= self.max_per_key:
                 raise Full("this key has too many requests: try again in 2 seconds", 2)

@@ -16,7 +16,7 @@ from fake_worker import FakeWorker
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from foveal.serve.app import Service
-from foveal.serve.run import HttpServer
+from foveal.serve.run import HttpServer, listen
 
 
 @dataclass
@@ -66,7 +66,7 @@ class Server:
 @contextlib.contextmanager
 def running(service: Service) -> Iterator[Server]:
     """Serve until the block ends."""
-    listener = socket.create_server(("127.0.0.1", 0))
+    listener = listen("127.0.0.1", 0)
     ready = threading.Event()
     server = HttpServer(lambda: service, service.limits)
     thread = threading.Thread(target=lambda: asyncio.run(server.run_on(listener, ready.set)), daemon=True)

@@ -131,11 +131,15 @@ def test_stream_picture_and_stop(page, server):
     assert page.locator(".said").last.text_content().startswith("again")
 
 
-def test_errors_are_shown(page):
+def test_errors_are_shown_and_the_conversation_goes_on(page, server):
     say(page, "BREAK")
     page.wait_for_selector(".wrong")
     assert "the engine failed" in page.text_content(".wrong")
     settled(page)
+    say(page, "again")
+    settled(page)
+    # Templates want users and assistants in turn, so what was never answered is not asked again.
+    assert TOKENIZER.decode(server.worker.requests[-1].prompt_ids) == "<user>again<assistant>"
 
 
 def test_without_the_key_there_is_no_page(browser, server):

@@ -29,8 +29,9 @@ from http_server import tiny_model
 
 from foveal.errors import InputError
 from foveal.serve.app import Service
-from foveal.serve.cluster import _reason, application, serve_on_ray
+from foveal.serve.cluster import RemoteWorker, _reason, application, serve_on_ray
 from foveal.serve.launch import Plan
+from foveal.serve.request import Full, Request
 
 pytestmark = pytest.mark.xdist_group("ray")  # clusters on one machine: one at a time
 HERE = Path(__file__).parent
@@ -146,6 +147,19 @@ def test_the_front_sums_what_the_replicas_hold(url):
     assert limit() == 2e6
     with urlopen(url + "/v1/models", timeout=30) as found:
         assert json.loads(found.read())["data"][0]["foveal"]["context"] == 4000
+
+
+def test_one_key_s_share_is_counted_over_all_replicas():
+    worker = RemoteWorker(None, {"methods": {}, "context": 10}, max_live=5, max_per_key=2)
+    worker._live = {0: "a", 1: "a", 2: "b"}
+    with pytest.raises(Full, match="this key has 2"):
+        worker.submit(Request("x", [1], key="a"))
+    assert worker.stats().waiting == 3 and not worker.full  # how many run is not known yet
+    worker._live |= {3: "c", 4: "c"}
+    assert worker.full
+    with pytest.raises(Full, match="5 requests"):
+        worker.submit(Request("x", [1], key="b"))
+    worker._closed.set()
 
 
 def test_replicas_that_are_no_number():

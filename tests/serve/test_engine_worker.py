@@ -58,7 +58,9 @@ def test_the_queue_and_a_keys_share_are_bounded(worker):
     hold += [ask(worker, f"w{i}", tokens=400) for i in range(3)]
     with pytest.raises(Full, match="this key has 5"):
         ask(worker, "one too many")
+    assert not worker.full
     hold.append(ask(worker, "w3", tokens=400, key="other"))
+    assert worker.full
     start = time.perf_counter()
     with pytest.raises(Full, match="4 requests are waiting") as caught:
         ask(worker, "x", key="third")

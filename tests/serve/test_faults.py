@@ -2,6 +2,7 @@
 
 # ruff: noqa: E402 - what is imported below needs the extras asked for above it
 
+import asyncio
 import contextlib
 import json
 import random
@@ -42,6 +43,8 @@ def _unhurt(server):
 
 
 def counted(server, status):
+    # An answer is counted right after it was sent: let the server's loop come round first.
+    asyncio.run_coroutine_threadsafe(asyncio.sleep(0), server.http._loop).result(10)
     label = server.service.metrics._requests.labels(CHAT, str(status))
     return label._value.get()
 

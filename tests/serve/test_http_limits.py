@@ -54,7 +54,9 @@ def hanging(server, body):
     with socket.create_connection(("127.0.0.1", server.port), timeout=5) as link:
         before = len(server.worker.requests)
         link.sendall(request_bytes(body))
+        end = time.monotonic() + 10
         while len(server.worker.requests) == before:
+            assert time.monotonic() < end, "the request was not taken"
             time.sleep(0.005)
         yield link
 
@@ -219,6 +221,16 @@ def test_overload_is_refused_at_once_and_first_come_is_first_served():
         for thread in threads:
             thread.join()
         assert done == [0, 1, 2, 3] and set(results.values()) == {200}
+
+
+def test_how_many_may_wait_is_for_the_worker_to_say():
+    """As on a cluster, whose replicas hold more together than one engine."""
+    worker = FakeWorker(TOKENIZER, step=0.02, max_running=1, max_waiting=9)
+    with running(service(worker, max_waiting=1)) as server, contextlib.ExitStack() as stack:
+        for _ in range(3):
+            stack.enter_context(hanging(server, chat("x" * 20)))
+        assert worker.stats().waiting > 0
+        assert server.post(CHAT, chat(), wait=30)[0] == 200
 
 
 def test_one_key_cannot_take_the_whole_queue():

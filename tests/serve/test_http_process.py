@@ -56,11 +56,20 @@ def test_bad_options_are_refused_in_one_sentence_before_anything_is_loaded(tmp_p
         "--context": Plan(context=1),
         "ASCII": Plan(api_keys=("short",)),
         "parameters": Plan(allow=("x=h2o(budget=)",)),
+        "the name is empty": Plan(allow=("=h2o",)),
+        "the server's own": Plan(allow=("default=h2o",)),
+        "there already": Plan(allow=("a=h2o", "a=snapkv")),
+        "no method that takes one": Plan(method="dense", budgets=(0.5,)),
     }
     for sentence, plan in wrong.items():
         with pytest.raises(InputError, match=sentence):
             plan.check()
     Plan(host="0.0.0.0", api_keys=("long-enough-key",)).check()
+    Plan(allow=("half=h2o(budget=0.5)",), budgets=(0.5,)).check()
+    # What could never be taken is refused for good, not told to try again.
+    assert [
+        Plan(**few).limits.choices for few in ({}, {"max_per_key": 3}, {"max_waiting": 2}, {"max_choices": 20})
+    ] == [8, 3, 2, 20]
     assert Plan(allow=("half=h2o(budget=0.5)", "h2o(budget=0.25)", "dense")).offered == {
         "half": "h2o(budget=0.5)",
         "h2o(budget=0.25)": "h2o(budget=0.25)",
@@ -69,7 +78,7 @@ def test_bad_options_are_refused_in_one_sentence_before_anything_is_loaded(tmp_p
 
 
 def test_a_port_in_use_and_an_address_elsewhere():
-    with socket.create_server(("127.0.0.1", 0)) as taken, pytest.raises(InputError, match="--port"):
+    with socket.create_server(("127.0.0.1", 0)) as taken, pytest.raises(InputError, match=r"use\): choose .* --port"):
         listen("127.0.0.1", taken.getsockname()[1])
     with pytest.raises(InputError):
         listen("192.0.2.1", 0)
