@@ -116,7 +116,9 @@ def decode_row(model, method: str | None, random: Random) -> dict:
         held, dense = store.nbytes, store.dense_nbytes
         ids = torch.zeros(1, 1, dtype=torch.long, device=model.device)
         step = lambda: model(ids, past_key_values=store).logits
-        cycle = max((getattr(m, "stride", 1) for m in iterate(session.method)), default=1)  # cheap steps, then a full one
+        cycle = max(
+            (getattr(m, "stride", 1) for m in iterate(session.method)), default=1
+        )  # cheap steps, then a full one
         for _ in range(max(8, 6 * cycle) if model.device.type == "cuda" else 1):
             step()
         graphs = session.graphs

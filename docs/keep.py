@@ -1,4 +1,4 @@
-"""Fills the tables of the pages on keeping, comparing, kvpress and tuning from the committed results of the benchmarks."""
+"""Fills the tables of the pages on keeping, comparing, kvpress, tuning and serving from the committed results of the benchmarks."""
 
 import importlib.util
 import json
@@ -12,7 +12,7 @@ published = importlib.util.module_from_spec(_BESIDE)
 _BESIDE.loader.exec_module(published)
 
 RESULTS = Path(__file__).resolve().parent.parent / "benchmarks" / "results"
-PAGES = ("keep.md", "compare.md", "kvpress.md", "tune.md")
+PAGES = ("keep.md", "compare.md", "kvpress.md", "tune.md", "serve.md")
 AGAIN = "window read anew"
 COLUMNS = {"decode_ms": ".2f", "decode_speedup": ".2f", "of_dense_bytes": ".3f", "reading_of_dense": ".2f"}
 
@@ -176,6 +176,7 @@ TABLES = {
     "compare-ruler": published.compare,
     "kvpress": published.kvpress,
     "tune": published.tune,
+    "serve-load-cpu": published.load,
 }
 READINGS = {"compare-ruler": published.reading, "keep-h100": beside_papers}
 COMMANDS = {
@@ -184,6 +185,7 @@ COMMANDS = {
     "compare-ruler": "foveal compare --methods all --tasks ruler",
     "kvpress": "python -m benchmarks.kvpress_side",
     "tune": "foveal tune --data prompts.jsonl",
+    "serve-load-cpu": "python -m benchmarks.serve_load",
 }
 
 

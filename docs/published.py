@@ -6,7 +6,7 @@ BASELINES = ("dense", "random-keep", "streaming-llm")
 def machine(meta: dict) -> str:
     """The machine of a result, whichever way its file says it."""
     hardware = meta.get("hardware") or meta
-    return hardware.get("gpu") or hardware["cpu"]
+    return hardware.get("gpu") or hardware.get("cpu_model") or hardware["cpu"]
 
 
 # ---------------------------------------------------------------------- the table of all methods
@@ -146,11 +146,17 @@ def _names(rows: list[dict]) -> str:
 def kvpress(result: dict) -> str:
     """A line a method and budget, both sides beside each other."""
     meta, rows = result["meta"], result["rows"]
+    asked, answered = meta["samples"] * len(meta["tasks"]), [r["score"]["n"] for r in rows]
+    seconds = f"medians over {meta['timed']['prompts']} prompts and {meta['timed']['tokens']} tokens after each, one process alone"
     parts = [
         f"{meta['model']} in {meta['dtype']}, {', '.join(meta['tasks'])} at {meta['length']:,} tokens, {meta['samples']} samples each, "
         f"answers of at most {meta['answer_tokens']} tokens. Each cell is Foveal / kvpress. Difference: Foveal's score less kvpress's "
-        "on the same prompts, in points, with its 95 % paired interval. Seconds are medians over "
-        f"{meta['timed']['prompts']} prompts and {meta['timed']['tokens']} tokens after each, one process alone.",
+        "on the same prompts, in points, with its 95 % paired interval. "
+        f"Seconds are {seconds if any(r['read_s'] for r in rows) else 'not measured yet'}."
+        + (
+            f" The run was stopped: {min(answered)} to {max(answered)} of {asked} prompts are answered by both."
+            * (min(answered) < asked)
+        ),
         "\n".join(
             [
                 "| method | budget | score, % | difference | cache, of dense | peak, MB | reading, ms | a token, ms |",
@@ -290,3 +296,49 @@ def _held(row: dict) -> str:
     read = row.get("read")
     less = read is not None and read < 0.995
     return f"{100 * row['kept']:.0f} %" + (f", {100 * read:.0f} %" if less else "")
+
+
+# ---------------------------------------------------------------------- a server under load
+
+
+def load(result: dict) -> str:
+    """A line a server: what 64 clients got of it."""
+    s = result["settings"]
+    lines = [
+        f"{s['clients']} clients, prompts of {min(s['lengths'])} to {max(s['lengths']):,} words, answers of at most {s['answer']} tokens, "
+        f"{s['seconds'] / 60:.0f} minutes after a warm-up of {s['warmup']:.0f} seconds; each server on {s['cores']} cores of its own.",
+        "",
+        "| server | requests / min | tokens / s | first token, s | between tokens, s | held in {:g} GiB | errors | memory |".format(
+            s["memory"]
+        ),
+        "| --- |" + " ---: |" * 6 + " --- |",
+    ]
+    for name, r in result["servers"].items():
+        ends = [
+            " / ".join(f"{r[key][q]:.{digits}f}" for q in ("p50", "p99")) if r.get(key) else "-"
+            for key, digits in TIMES
+        ]
+        cells = [
+            f"{r['requests_per_minute']:g}",
+            f"{r['tokens_per_second']:g}",
+            *ends,
+            r.get("conversations_in_cache") or "-",
+        ]
+        flat = "flat" if r["resident_bytes"]["flat"] else "grows"
+        idle = ", back to zero" if r.get("back_to_zero") else ""
+        lines.append(
+            f"| {SERVERS[name]} | " + " | ".join(map(str, [*cells, sum(r["errors"].values()), flat + idle])) + " |"
+        )
+    return "\n".join(
+        [*lines, "", "Times are medians and 99th of a hundred; held are conversations of about 1,600 tokens."]
+    )
+
+
+TIMES = (("first_token_s", 0), ("between_chunks_s", 2))
+SERVERS = {
+    "dense": "Foveal, dense",
+    "half": "Foveal, 50 %",
+    "quarter": "Foveal, 25 %",
+    "transformers": "`transformers serve`, continuous batching",
+    "transformers-plain": "`transformers serve`, one after the other",
+}

@@ -80,8 +80,6 @@ def compare(
     check_writable(json_path, "--json" if json_path.parent != out else "--out")
     check_place(workers, ray, device)
     loaded = load_for(model, device, dtype, ray)
-    if not resume:
-        (out / "answers.jsonl").unlink(missing_ok=True)
     with progress_bar("reading the plan") as progress:
         result = run(
             *loaded,
@@ -90,6 +88,7 @@ def compare(
             seed=seed,
             command=command_line(),
             journal=out / "answers.jsonl",
+            fresh=not resume,
             workers=workers,
             ray=ray,
             progress=progress,

@@ -91,8 +91,7 @@ class First(Alone):
         with its:
             numbers = (its.fileno(), self._lifeline[0])
             command = [sys.executable, "-c", _FOLLOW, *map(str, (rank, self.count, *numbers)), self._folder.name]
-            environment = {**os.environ, "LOCAL_RANK": str(rank)}
-            self._others.append(subprocess.Popen(command, env=environment, pass_fds=numbers, stdin=subprocess.DEVNULL))
+            self._others.append(subprocess.Popen(command, pass_fds=numbers, stdin=subprocess.DEVNULL))
         self._links.append(Connection(mine.detach()))
         threading.Thread(target=self._watch, args=(rank,), name=f"foveal-rank-{rank}", daemon=True).start()
 
@@ -229,6 +228,7 @@ def _meet(folder: str, rank: int, count: int, device: str) -> None:
     if sys.platform == "linux":
         for name in ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME"):
             os.environ.setdefault(name, "lo")
+    os.environ["LOCAL_RANK"] = str(rank)  # by which transformers finds a rank's GPU
     gpu = device.startswith("cuda")
     if gpu:
         torch.cuda.set_device(rank)

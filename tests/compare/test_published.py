@@ -208,3 +208,28 @@ def test_the_page_on_tuning_shows_the_answer_its_picture_and_the_finals(tmp_path
     where = {d.split("<title>")[1].split(":")[0]: float(d.split('cx="')[1].split('"')[0]) for d in dots}
     assert where["snapkv at 10%"] < where["snapkv at 20%"] < where["dense"]
     assert "One H100, torch 2.11, 2026-11-22" in text
+
+
+def test_a_server_under_load_is_a_row(tmp_path):
+    row = {"requests_per_minute": 6.0, "tokens_per_second": 7.5, "errors": {"500": 2}, "conversations_in_cache": 27}
+    row |= {"first_token_s": {"p50": 1.2, "p99": 2.0}, "between_chunks_s": None, "resident_bytes": {"flat": False}}
+    settings = {
+        "clients": 64,
+        "lengths": [256, 4096],
+        "answer": 128,
+        "seconds": 600,
+        "warmup": 60,
+        "cores": 2,
+        "memory": 2.0,
+    }
+    meta = {"date": "2026-11-22", "versions": {"torch": "2.11"}, "gpu": None, "cpu": "x86_64", "cpu_model": "Fast"}
+    servers = {
+        "dense": row,
+        "transformers-plain": row | {"errors": {}, "resident_bytes": {"flat": True}, "back_to_zero": True},
+    }
+    result = {"meta": meta, "settings": settings, "servers": servers}
+    (tmp_path / "serve-load-cpu-2026-11-22.json").write_text(json.dumps(result), "utf-8")
+    made = page().filled("<!-- results: serve-load-cpu -->", tmp_path)
+    assert "64 clients, prompts of 256 to 4,096 words" in made and "10 minutes after a warm-up of 60 seconds" in made
+    assert "| Foveal, dense | 6 | 7.5 | 1 / 2 | - | 27 | 2 | grows |" in made
+    assert "| 0 | flat, back to zero |" in made and "One Fast, torch 2.11" in made

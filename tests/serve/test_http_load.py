@@ -103,7 +103,7 @@ def test_errors_are_told_apart():
     assert quantiles([1.0]) is None and quantiles([1.0, 3.0])["p50"] == 2.0 and Load().tokens == 0
 
 
-def test_runs_are_gathered_into_one_table(tmp_path, capsys):
+def test_runs_are_gathered_into_one_file(tmp_path):
     def file(arm, clients):
         row = {"requests_per_minute": 6.0, "tokens_per_second": 7.5, "errors": {"500": 2}, "conversations_in_cache": 27}
         row |= {"first_token_s": {"p50": 1.0, "p99": 2.0}, "resident_bytes": {"flat": False}}
@@ -118,6 +118,5 @@ def test_runs_are_gathered_into_one_table(tmp_path, capsys):
     out = tmp_path / "all.json"
     main(["gather", file("transformers", 64), file("dense", 64), "--out", str(out)])
     assert list(json.loads(out.read_text())["servers"]) == ["dense", "transformers"]
-    assert "| dense | 6.0 | 7.5 | 1.0 / 2.0 | - | 27 | 2 | no |" in capsys.readouterr().out
     with pytest.raises(SystemExit, match="same settings"):
         main(["gather", file("dense", 64), file("half", 8), "--out", str(out)])

@@ -18,7 +18,7 @@ from ...method import Method
 from .scoring import attention
 
 _PROJECTIONS = ("o_proj", "out_proj", "dense", "c_proj")
-_TOGETHER = 16  # sentences read as one batch
+_TOGETHER = 4  # sentences of about one length read as one batch: more of them are mostly padding
 
 
 # ---------------------------------------------------------------------- the causal model itself
@@ -56,9 +56,10 @@ def by_the_model(prompt, sentences: Sequence[Sequence[int]]) -> list[Tensor]:
         raise UnsupportedModel(
             f"attention of layers {missing} ends in no linear projection, so nothing can be attributed to its tokens"
         )
-    scores = []
+    scores: dict[int, Tensor] = {}
+    order = sorted(range(len(sentences)), key=lambda i: len(sentences[i]))
     for at in range(0, len(sentences), _TOGETHER):
-        some = sentences[at : at + _TOGETHER]
+        some = [sentences[i] for i in order[at : at + _TOGETHER]]
         sizes = [len(s) for s in some]
         ids = torch.zeros(len(some), max(sizes), dtype=torch.long, device=prompt.ids.device)
         mask = torch.zeros_like(ids)
@@ -73,8 +74,8 @@ def by_the_model(prompt, sentences: Sequence[Sequence[int]]) -> list[Tensor]:
                 weights, values = probe.record[layer][b]
                 states = out.hidden_states[layer][b, -n:].float()
                 total = shares(weights, values, last[layer].weight.float(), states) @ total
-            scores.append(total[-1])
-    return scores
+            scores[order[at + b]] = total[-1]
+    return [scores[i] for i in range(len(sentences))]
 
 
 def shares(weights: Tensor, values: Tensor, projection: Tensor, states: Tensor) -> Tensor:
