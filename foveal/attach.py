@@ -195,6 +195,7 @@ class Session:
         if pass_.held:
             self.read_share = pass_.read / pass_.held
         pass_.store.counts = [c + n for c, n in zip(pass_.counts, pass_.added, strict=True)]
+        pass_.store.reading = self._more
         if pass_.places is not None:
             output = whole(pass_, output)
         if self.method is not None and "end" in self.method.asks:
@@ -253,7 +254,7 @@ class Session:
             )
         fresh = not any(counts)
         self._check_positions(kwargs.get("position_ids"), mask, length, fresh)
-        decode = length == 1 and not fresh
+        decode = length == 1 and not fresh and not self._more and not store.reading
         ids = kwargs.get("input_ids")
         pass_ = Pass(self, store, counts, length, decode, not self._more, ids)
         columns = _real_columns(mask, batch, length, decode)

@@ -86,6 +86,7 @@ class Store(Cache):
         self.counts: list[int] = []  # real tokens seen by each sequence
         self.unread: list[int] = []  # tokens of its prompt that never entered the model; empty: none of any
         self.by_column = False  # positions count columns, pads too: a padded prompt came without position_ids
+        self.reading = False  # what was read so far is the beginning of a prompt that goes on
 
     # ------------------------------------------------------------------ what a person asks
 
@@ -163,6 +164,7 @@ class Store(Cache):
         if any(s.unread for s in stores):
             new.unread = [n for s in stores for n in s.unread or [0] * len(s.counts)]
         new.by_column = any(s.by_column for s in stores)
+        new.reading = any(s.reading for s in stores)
         for i, layer in enumerate(new.layers):
             parts = [s.layers[i] for s in stores]
             if isinstance(layer, StoreLayer):
@@ -272,7 +274,7 @@ class Store(Cache):
                 layer.crop(-n)
 
     def reset(self) -> None:
-        self.counts, self.unread, self.by_column = [], [], False
+        self.counts, self.unread, self.by_column, self.reading = [], [], False, False
         for layer in self.layers:
             if isinstance(layer, StoreLayer):
                 layer.rows.reset()

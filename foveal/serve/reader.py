@@ -22,7 +22,7 @@ class Reader:
 
     def __init__(self, session: Session, forward: Callable[..., Tensor], chunk: int, prefixes: Prefixes | None):
         self.session, self.forward, self.chunk, self.prefixes = session, forward, chunk, prefixes
-        self.least = max(2, min(LAST, chunk))  # a single token would be a decode step
+        self.least = min(LAST, chunk)
         self.cached = 0  # tokens that did not have to be read
 
     def read(self, live: Live, room: int) -> Tensor | None:

@@ -100,3 +100,18 @@ def test_a_prompt_in_chunks_never_holds_more_than_the_budget_and_a_chunk(name, m
             cache = model(piece, past_key_values=cache).past_key_values
             assert all(sum(layer[0]) <= 24 * heads for layer in cache.lengths.tolist())
     assert cache.seen == 72
+
+
+@pytest.mark.parametrize("name", KEEPERS)
+def test_a_last_chunk_of_one_token_ends_the_prompt(name, model, texts, build):
+    method = build(name, "example")
+    if "whole_prompt" in method.needs:
+        pytest.skip("takes prompts whole only")
+
+    def read(first):
+        with torch.no_grad(), foveal.attach(model, method) as session:
+            with session.open_prompt():
+                cache = model(texts[:1, :first]).past_key_values
+            return model(texts[:1, first:48], past_key_values=cache).past_key_values.lengths
+
+    assert torch.equal(read(47).sum(-1), read(40).sum(-1))
