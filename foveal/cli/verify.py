@@ -9,6 +9,7 @@ import typer
 from rich.markup import escape
 
 from ..errors import InputError
+from ..method import check_count
 from .shared import Device, Dtype, app, check_writable, console, errors, progress_bar
 from .workers import Ray, RayCommand, Workers, check_place, load_for
 
@@ -41,6 +42,7 @@ def verify(
     chosen = check_names(None if every else names)
     check_writable(out / "claim.json", "--out")
     check_place(workers, ray, device)
+    check_count("seed", seed)
     loaded = load_for(model, device, dtype, ray)
     with progress_bar("reading the plan") as progress:
         found = run(

@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-import argparse
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import torch
 
 from ...attach import Session
+from ...command import Command, run
 from ...errors import InputError
 from ...heads import HeadRoles, known_roles
-from ...hub import load, model_identity
+from ...hub import model_identity
 from ...known import own_file
 
 
@@ -55,12 +55,11 @@ def greedy(session: Session, tokenizer, prompt: list[int], most: int) -> Iterato
 
 def command(kind: str, about: str, measure: Callable[..., HeadRoles]) -> None:
     """The command line of a profile: load the model, measure, write the file. measure(model, tokenizer, progress) makes it."""
-    parser = argparse.ArgumentParser(prog=f"python -m foveal.methods.keep.{kind}_profile", description=about)
-    parser.add_argument("--model", help="Hugging Face id or local folder; default: the default model")
-    parser.add_argument("--out", type=Path, help="file to write; default: the cache folder")
-    parser.add_argument("--device")
-    parser.add_argument("--dtype")
-    chosen = parser.parse_args()
-    model, tokenizer = load(chosen.model, device=chosen.device, dtype=chosen.dtype)
-    profile = measure(model, tokenizer, lambda line: print(line, flush=True))
-    print("wrote", profile.save(chosen.out or profile_path(model, kind)))
+
+    def main() -> None:
+        place, _ = Command(f"foveal.methods.keep.{kind}_profile", about).read()
+        model, tokenizer = place.load()
+        profile = measure(model, tokenizer, lambda line: print(line, flush=True))
+        print("wrote", profile.save(place.out or profile_path(model, kind)))
+
+    run(main)

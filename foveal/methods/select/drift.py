@@ -5,17 +5,17 @@
 
 from __future__ import annotations
 
-import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
+from ...command import Command, run
 from ...data import book
 from ...errors import InputError
 from ...heads import HeadRoles, known_roles
-from ...hub import load, model_identity
+from ...hub import model_identity
 from ...known import own_file
 
 QUANTILE = 0.5
@@ -79,18 +79,12 @@ def drift_path(model) -> Path:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        prog="python -m foveal.methods.select.drift", description=measure.__doc__.split("\n")[0]
-    )
-    parser.add_argument("--model", help="Hugging Face id or local folder; default: the default model")
-    parser.add_argument("--length", type=int, default=4096, help="tokens of text (the paper: 128k)")
-    parser.add_argument("--out", type=Path, help="file to write; default: the cache folder")
-    parser.add_argument("--device")
-    parser.add_argument("--dtype")
-    chosen = parser.parse_args()
-    model, tokenizer = load(chosen.model, device=chosen.device, dtype=chosen.dtype)
-    print("wrote", measure(model, tokenizer, chosen.length).save(chosen.out or drift_path(model)))
+    command = Command(__spec__.name, measure.__doc__)
+    command.add_argument("--length", type=int, default=4096, help="tokens of text (the paper: 128k)")
+    place, chosen = command.read()
+    model, tokenizer = place.load()
+    print("wrote", measure(model, tokenizer, chosen.length).save(place.out or drift_path(model)))
 
 
 if __name__ == "__main__":
-    main()
+    run(main)

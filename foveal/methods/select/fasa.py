@@ -35,7 +35,7 @@ class Fasa(Method):
     the whole head when the model was measured, and attend to the best `budget` keys, the newest included. Prefill is dense, nothing is
     dropped, no other key is forced in. Original positions.
 
-    chunks: None = as measured (a table ships for the default model; `python -m foveal.methods.select.frequency_chunks MODEL` makes
+    chunks: None = as measured (a table ships for the default model; `python -m foveal.methods.select.frequency_chunks --model ID` makes
     one); "slowest" = the slowest pairs, which needs no measurement and is the paper's control; else the path of a table.
     heads: "query" = each query head has its own list; "kv" = one list for the query heads that share a KV head, by the sum of their
     softmax over the partial scores, so that only that many keys are gathered.

@@ -1,10 +1,9 @@
 """Which pairs of rotary dimensions of a head rank keys like the whole head does: measured once for a model, kept in a file.
 
-`python -m foveal.methods.select.frequency_chunks [MODEL] [--out FILE]` measures a model; without FILE the table goes where `table_for`
+`python -m foveal.methods.select.frequency_chunks [--model ID] [--out FILE]` measures a model; without FILE the table goes where `table_for`
 finds it again.
 """
 
-import argparse
 import json
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,6 +11,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from ...command import Command, run
 from ...errors import InputError
 from ...hub import model_identity
 from ...known import known_file, own_file
@@ -108,7 +108,7 @@ def table_for(model, path: str | None = None) -> ChunkTable:
     identity = model_identity(model)
     name = identity["name"] or identity["architecture"]
     raise InputError(
-        f"which frequency chunks of {name} matter is not known: measure them once with `python -m {__name__} {name}`, "
+        f"which frequency chunks of {name} matter is not known: measure them once with `python -m {__name__} --model {name}`, "
         "or take chunks='slowest'"
     )
 
@@ -186,19 +186,14 @@ def measure(
 
 
 def main() -> None:
-    from ...hub import load
-
-    parser = argparse.ArgumentParser(description="Measure which frequency chunks of a model's heads rank keys best.")
-    parser.add_argument("model", nargs="?", help="a Hugging Face id or a folder; default: the default model")
-    parser.add_argument("--out", type=Path, help="the file to write; default: where methods look for it")
-    given = parser.parse_args()
-    model, tokenizer = load(given.model)
+    place, _ = Command(__spec__.name, "Measure which frequency chunks of a model's heads rank keys best.").read()
+    model, tokenizer = place.load()
     table = measure(model, tokenizer, progress=lambda done, all_: print(f"{done} of {all_} prompts", flush=True))
-    path = table.save(given.out or table_path(model))
+    path = table.save(place.out or table_path(model))
     for size, x in table.agreement.items():
         print(f"best {size} keys: mean agreement {x.mean():.3f}, share above 0.15: {(x > 0.15).float().mean():.3f}")
-    print(path)
+    print("wrote", path)
 
 
 if __name__ == "__main__":
-    main()
+    run(main)
