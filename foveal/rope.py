@@ -11,6 +11,7 @@ from foveal.errors import InputError, UnsupportedModel
 SUPPORTED_TYPES = ("default", "linear", "dynamic", "yarn", "llama3", "proportional")
 """Rope types whose frequencies do not depend on the position ("dynamic": see `Rope`)."""
 
+LEAVE = "choose a method or setting that leaves positions as they are."
 _CACHE_ARGUMENTS = ("past_key_values", "past_key_value", "layer_past")
 # Relative to the largest key entry. Rotary tables are probed in float32, so half precision only counts where a
 # model casts the rotated key back; a wrong pairing or frequency misses by the size of the key itself.
@@ -56,8 +57,7 @@ class Rope:
             plans[layer] = _match(rotary, layer_type, layer, *written, shared)
         if not shared:
             raise UnsupportedModel(
-                f"{type(decoder).__name__} has a rotary module, but no layer's keys change with the position: "
-                "keep original positions."
+                f"{type(decoder).__name__} has a rotary module, but no layer's keys change with the position: {LEAVE}"
             )
         return cls(plans)
 
@@ -167,19 +167,18 @@ def _rotary_module(decoder: nn.Module) -> nn.Module:
     found = [m for m in decoder.modules() if any(b.endswith("inv_freq") for b, _ in m.named_buffers(recurse=False))]
     if not found:
         raise UnsupportedModel(
-            f"Moving cached keys needs rotary position embedding, but {name} has no rotary module: "
-            "keep original positions."
+            f"Turning keys to other positions needs rotary embedding, but {name} has no rotary module: {LEAVE}"
         )
     if len(found) > 1:
         raise UnsupportedModel(
-            f"Expected one rotary module shared by all layers of {name}, found {len(found)}: keep original positions."
+            f"Expected one rotary module shared by all layers of {name}, found {len(found)}: {LEAVE}"
         )
     rope_type = getattr(found[0], "rope_type", None)
     for kind in rope_type.values() if isinstance(rope_type, dict) else [rope_type]:
         if kind not in SUPPORTED_TYPES:
             raise UnsupportedModel(
-                f"Moving cached keys is known for rope types {', '.join(SUPPORTED_TYPES)}, but {name} uses {kind!r}: "
-                "keep original positions."
+                f"Turning keys to other positions is known for rope types {', '.join(SUPPORTED_TYPES)}, but {name} uses {kind!r}: "
+                f"{LEAVE}"
             )
     return found[0]
 
@@ -199,7 +198,7 @@ def _attention_modules(decoder: nn.Module) -> dict[int, nn.Module]:
     if not attentions:
         raise UnsupportedModel(
             f"Expected attention layers that take `position_embeddings` and a cache, found none in "
-            f"{type(decoder).__name__}: keep original positions."
+            f"{type(decoder).__name__}: {LEAVE}"
         )
     return attentions
 
@@ -223,12 +222,12 @@ def _written_keys(
     except Exception as error:
         raise UnsupportedModel(
             f"Layer {layer} ({type(attention).__name__}) cannot be probed for its rotary embedding "
-            f"({type(error).__name__}: {error}): keep original positions."
+            f"({type(error).__name__}: {error}): {LEAVE}"
         ) from error
     if not _same(written.value[1:], written.value[:1]):
         raise UnsupportedModel(
             f"Expected values that do not depend on the position, but layer {layer} ({type(attention).__name__}) "
-            "stores something else (latent attention?): keep original positions."
+            f"stores something else (latent attention?): {LEAVE}"
         )
     return written.key, offsets
 
@@ -275,5 +274,5 @@ def _match(
             return shared.setdefault(name, plan)
     raise UnsupportedModel(
         f"The keys of layer {layer} at two positions are no rotation of one another by the frequencies of "
-        f"{type(rotary).__name__}, whether dimensions pair by halves or as neighbours: keep original positions."
+        f"{type(rotary).__name__}, whether dimensions pair by halves or as neighbours: {LEAVE}"
     )

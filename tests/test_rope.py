@@ -242,14 +242,14 @@ def test_probe_leaves_the_model_as_it_was():
     ],
 )
 def test_refuses_what_it_cannot_move(family, reason):
-    with pytest.raises(UnsupportedModel, match=f"{reason}.*keep original positions"):
+    with pytest.raises(UnsupportedModel, match=f"{reason}.*choose a method or setting that leaves positions"):
         Rope.of(tiny(family))
 
 
 def test_refuses_other_rope_types_by_name():
     factors = {"short_factor": [1.0] * 8, "long_factor": [2.0] * 8, "original_max_position_embeddings": 128}
     model = with_type("phi3", "longrope", factor=4.0, **factors)
-    with pytest.raises(UnsupportedModel, match="'longrope': keep original positions"):
+    with pytest.raises(UnsupportedModel, match="'longrope': choose a method or setting that leaves positions"):
         Rope.of(model)
 
 
