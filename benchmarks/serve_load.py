@@ -37,6 +37,7 @@ import httpx
 from .serve_clients import Load, ask, drive, memory, metrics, prompt, summary
 
 GIB = 2**30
+ASKED = 48  # tokens that the conversation held alone asks for
 BLOCK = 256  # tokens of a block of `transformers serve`, its default
 SAMPLE = 5.0  # seconds between two looks at the server
 FLAT = 0.05  # growth of memory from the middle third of a window to its last that counts as none
@@ -120,8 +121,7 @@ def of_foveal(url: str, words: int, cache: int, most: float = 60.0) -> dict[str,
         "back_to_zero": not any(busy),
     }
     name = httpx.get(url + "/v1/models", timeout=60).json()["data"][0]["id"]
-    text = prompt(random.Random(7), words) + " Now count from one to one hundred."  # words alone may be answered by nothing
-    tokens, reading, held = asyncio.run(_one_conversation(url, name, text))
+    tokens, reading, held = asyncio.run(_one_conversation(url, name, prompt(random.Random(7), words)))
     now = metrics(url)
     # A sixteenth is never given away, and one is read while the others are held.
     fit = 1 + (cache * 15 / 16 - reading) / held if held else None
@@ -144,7 +144,7 @@ async def _one_conversation(url: str, name: str, text: str) -> tuple[int, float,
     reading = held = 0.0
     load = Load()
     async with httpx.AsyncClient(base_url=url, timeout=900) as client:
-        task = asyncio.create_task(ask(client, name, text, 48, load))
+        task = asyncio.create_task(ask(client, name, text, ASKED, load))
         while not task.done():
             await asyncio.sleep(0.01)
             answered = len(load.between) > 2
@@ -224,11 +224,6 @@ def blocks_of(folder: str, options: argparse.Namespace) -> int:
     return int(options.memory * GIB / (BLOCK * token))
 
 
-def blocks_for(row: dict[str, Any]) -> int:
-    """Blocks that a conversation of the mean length takes."""
-    return max(1, math.ceil((row["mean_prompt_tokens"] + row["mean_answer_tokens"]) / BLOCK))
-
-
 def run(options: argparse.Namespace) -> dict[str, Any]:
     """Load one server and write what came of it."""
     from benchmarks.record import meta
@@ -258,7 +253,8 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
         if options.foveal:
             row |= of_foveal(url, round(statistics.mean(options.lengths)), int(options.memory * GIB))
         elif ARMS[options.arm]:
-            row["conversations_in_cache"] = blocks_of(folder, options) // blocks_for(row)
+            tokens = round(statistics.mean(options.lengths)) + ASKED
+            row["conversations_in_cache"] = blocks_of(folder, options) // math.ceil(tokens / BLOCK)
     row["exit_code"] = process.returncode
     write(row, complete=True)
     print(options.arm, json.dumps({k: v for k, v in row.items() if k != "timeline"}))

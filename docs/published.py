@@ -322,16 +322,17 @@ def load(result: dict) -> str:
             f"{r['requests_per_minute']:g}",
             f"{r['tokens_per_second']:g}",
             *ends,
-            r.get("conversations_in_cache") or "-",
+            f"{r.get('conversations_in_cache') or '-'}" + r" \*" * bool(r.get("conversation_note")),
         ]
         flat = "flat" if r["resident_bytes"]["flat"] else "grows"
         idle = ", back to zero" if r.get("back_to_zero") else ""
         lines.append(
             f"| {SERVERS[name]} | " + " | ".join(map(str, [*cells, sum(r["errors"].values()), flat + idle])) + " |"
         )
-    return "\n".join(
-        [*lines, "", "Times are medians and 99th of a hundred; held are conversations of about 1,600 tokens."]
-    )
+    told = "Times are medians and 99th of a hundred; held are conversations of about 1,600 tokens"
+    if any(r.get("conversation_note") for r in result["servers"].values()):
+        told += " (\\*: by a cache filled apart from the server, where the answer to such a prompt ended at once)"
+    return "\n".join([*lines, "", f"{told}."])
 
 
 TIMES = (("first_token_s", 0), ("between_chunks_s", 2))

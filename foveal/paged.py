@@ -220,7 +220,9 @@ class PagedRows(Rows):
         self.planes["token"].scatter_(1, slots, ids.expand(len(self.arange), -1).to(torch.int32))
         self.pool.length.add_(extra)
         self.advance(extra)
-        self.pages.clear()
+        if self.pages:  # pooled pages are computed anew elsewhere
+            self.pages.clear()
+            self.generation += 1
 
     # ------------------------------------------------------------------ letting go
 

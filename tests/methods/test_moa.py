@@ -174,7 +174,7 @@ def simulate(method, plan, n, chunks):
 def test_windows_are_masks_and_the_store_holds_their_union(together, chunks, pads, model, ids, profile):
     method = MoA(0.5, block=BLOCK, together=together, profile=profile)
     with foveal.attach(model, method) as session:
-        plans = {i: session.active[i][0].plan[i] for i in range(LAYERS)}
+        plans = {i: session.active[i][0].plan.rules[i] for i in range(LAYERS)}
     assert len({rule for plan in plans.values() for rule in plan}) > 2
     if together:
         assert all(len(set(plan[g * 3 : g * 3 + 3])) == 1 for plan in plans.values() for g in range(KV))

@@ -2,8 +2,10 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
+from torch import Tensor
 
 from ...edits import Keep, Leave
 from ...errors import InputError
@@ -14,8 +16,12 @@ from .by_head import check_share
 from .moa_search import Rule, search
 from .profiles import profile_for
 
-Plan = dict[int, list[Rule]]
-"""The rule of each query head, by layer."""
+
+class Plan(NamedTuple):
+    """The rule of each query head by layer, and on the device, [2, layers, heads]: floor(alpha / block) and beta."""
+
+    rules: dict[int, list[Rule]]
+    lines: Tensor
 
 
 @method(
@@ -71,22 +77,39 @@ class MoA(Method):
         if self.budget == 1 or self.plan == "uniform":
             # the first block is kept beside the window, so a window of its own share would exceed the budget
             rule = Rule(0, 1.0) if self.budget == 1 else Rule(-self.block, self.budget)
-            return {i: [rule] * model.heads for i in model.layers}
-        found = profile_for(model.model, "moa", self.profile)
-        rows = model.kv_heads if self.together else model.heads
-        each = model.heads // rows
-        rules = search(found, self.budget, rows, self.block, model.layers, model.max_positions)
-        return {i: [rule for rule in row for _ in range(each)] for i, row in rules.items()}
+            rules = {i: [rule] * model.heads for i in model.layers}
+        else:
+            found = profile_for(model.model, "moa", self.profile)
+            rows = model.kv_heads if self.together else model.heads
+            each = model.heads // rows
+            rules = search(found, self.budget, rows, self.block, model.layers, model.max_positions)
+            rules = {i: [rule for rule in row for _ in range(each)] for i, row in rules.items()}
+        lines = [[(r.alpha // self.block, r.beta) for r in rules[i]] for i in model.layers]
+        return Plan(rules, torch.tensor(lines, dtype=torch.float64).permute(2, 0, 1).to(model.model.device))
 
     def _windows(self, step, tokens: int) -> list[int]:
         """The newest tokens each query head sees, its own included, when so many have been seen."""
-        return [rule.blocks(tokens, self.block) * self.block for rule in step.plan[step.layer]]
+        return [rule.blocks(tokens, self.block) * self.block for rule in step.plan.rules[step.layer]]
 
     def _held(self, step, tokens: int) -> list[int]:
         """Keys each KV head holds after so many tokens: with the next token, the most one of its query heads sees."""
         windows = self._windows(step, tokens + 1)
         each = step.group_size
         return [self.block + max(windows[g * each : (g + 1) * each]) - 1 for g in range(step.G)]
+
+    def _allowed(self, step) -> int | Tensor:
+        """The same for a decode step: a number where it is one for all, else [batch, kv_heads]."""
+        if step.pass_.on_device is None:
+            held = [self._held(step, n + step.L) for n in step.pass_.counts]
+            same = {n for row in held for n in row}
+            return same.pop() if len(same) == 1 else torch.tensor(held).to(step.device, non_blocking=True)
+        return step.once(("moa", self), lambda: self._each(step))[step.model.layers.index(step.layer)]
+
+    def _each(self, step) -> Tensor:
+        """The same in all layers, [layers, batch, kv_heads], from the counts on the device: a captured graph must not freeze the host's."""
+        alpha, beta = step.plan.lines[:, :, None]
+        blocks = (alpha + beta * (step.seen() + 1)[:, None] / self.block).floor().long().clamp(min=1)
+        return self.block * (1 + blocks.unflatten(2, (step.G, -1)).amax(3)) - 1
 
     def select(self, step) -> Selection:
         if step.decode and self.together:
@@ -99,14 +122,12 @@ class MoA(Method):
         return Band(self.block, windows[0])
 
     def keep(self, step) -> Keep | Leave | None:
-        held = [self._held(step, n + step.L) for n in step.pass_.counts]
         if step.decode:
-            same = {n for row in held for n in row}
-            allowed = same.pop() if len(same) == 1 else torch.tensor(held).to(step.device, non_blocking=True)
-            return Leave(allowed, after=self.block)
-        if min(held[0]) >= step.T:
+            return Leave(self._allowed(step), after=self.block)
+        held = self._held(step, step.pass_.counts[0] + step.L)
+        if min(held) >= step.T:
             return None
-        recent = torch.tensor(held[0], device=step.device)[:, None] - self.block
+        recent = torch.tensor(held, device=step.device)[:, None] - self.block
         return Keep(mask=(step.token < self.block) | (step.q_token[:, -1, None, None] - step.token < recent))
 
 

@@ -118,7 +118,7 @@ def test_how_many_are_chosen_of_a_long_row():
     assert found.tolist() == (slots >= 0).sum(1).tolist() and found[0] == 0 and 0 < found[2] < 500
 
 
-@pytest.mark.parametrize("launch", [gpu_top.launch_slots, lambda *x: gpu_top.launch_long(*x)[0]])
+@pytest.mark.parametrize("launch", [gpu_top.launch_slots, lambda *x: gpu_top.launch_long(*x)[0]], ids=["one", "many"])
 def test_one_number_for_all_rows_may_be_a_view(launch):
     """As `expand` gives it, with a stride of zero: what lies behind it in memory is another's."""
     x, behind = rows_of("plain", 3, 150), torch.tensor([7, 0, 3])
