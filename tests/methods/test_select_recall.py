@@ -1,13 +1,18 @@
 """What the benchmark of recall counts, against sorting written out."""
 
+import sys
+from pathlib import Path
+
 import pytest
 import torch
 from models import tiny
 from reference import hook, weights
 
 import foveal
-from benchmarks.select_recall import Probe, found
 from foveal.selection import Lists
+
+sys.path.append(str(Path(__file__).parents[2]))  # the scripts are no part of the package
+from benchmarks.select_recall import Probe, found
 
 N, HEADS, KV = 75, 6, 2
 
