@@ -308,7 +308,7 @@ def load(result: dict) -> str:
         f"{s['clients']} clients, prompts of {min(s['lengths'])} to {max(s['lengths']):,} words, answers of at most {s['answer']} tokens, "
         f"{s['seconds'] / 60:.0f} minutes after a warm-up of {s['warmup']:.0f} seconds; each server on {s['cores']} cores of its own.",
         "",
-        "| server | requests / min | tokens / s | first token, s | between tokens, s | held in {:g} GiB | errors | memory |".format(
+        "| server | requests a minute | tokens / s | first token, s | between, s | held in {:g} GiB | errors | memory |".format(
             s["memory"]
         ),
         "| --- |" + " ---: |" * 6 + " --- |",
@@ -340,6 +340,6 @@ SERVERS = {
     "dense": "Foveal, dense",
     "half": "Foveal, 50 %",
     "quarter": "Foveal, 25 %",
-    "transformers": "`transformers serve`, continuous batching",
-    "transformers-plain": "`transformers serve`, one after the other",
+    "transformers": "transformers, batched",
+    "transformers-plain": "transformers, in turn",
 }
