@@ -100,15 +100,8 @@ def keep(result: dict) -> str:
                 cells[1:] = ["1.00", "1.000", "1.00"]
             cells[0] = r.get("error") or cells[0]
             lines.append(f"| `{r['method']}` | " + " | ".join(cells) + " |")
-        parts.append(
-            "\n".join(
-                [
-                    *lines,
-                    *([""] if any("note" in r for r in rows) else []),
-                    *(f"- `{r['method']}`: {r['note']}." for r in rows if "note" in r),
-                ]
-            )
-        )
+        notes = [f"- `{r['method']}`: {r['note']}." for r in rows if "note" in r]
+        parts.append("\n".join([*lines, "", *notes] if notes else lines))
     again = [r for r in result["rows"] if r["method"].startswith(AGAIN)]
     if again:
         parts.append("; ".join(f"{r['method']}: {r['decode_ms']:.1f} ms a token" for r in again).capitalize() + ".")

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import argparse
 import sys
+import tempfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from .errors import FovealError
+from .errors import FovealError, InputError
 from .hub import load
 
 
@@ -43,13 +44,28 @@ class Command(argparse.ArgumentParser):
 
     def read(self, arguments: Sequence[str] | None = None) -> tuple[Place, argparse.Namespace]:
         """The place, and the other options. Raises InputError for a file that cannot be written, before any work."""
-        from .cli.shared import check_writable
-
         chosen = self.parse_args(arguments)
         place = Place(*(vars(chosen).pop(name) for name in Place._fields))
         if place.out is not None:
             check_writable(place.out, "--out")
         return place, chosen
+
+
+def check_writable(file: Path, option: str) -> None:
+    """Raise before any work when `file` could not be written; leaves nothing behind."""
+    if file.is_dir():
+        raise InputError(f"cannot write {file}: it is a folder; name another place with {option}")
+    nearest = file.absolute().parent
+    try:
+        while not nearest.exists():
+            nearest = nearest.parent
+        with tempfile.TemporaryFile(dir=nearest):  # permissions alone do not tell: the disk may be read-only or full
+            pass
+    except OSError as e:
+        reason = (e.strerror or str(e)).lower()
+        raise InputError(
+            f"cannot write {file}: {nearest} takes no new files ({reason}); name another place with {option}"
+        ) from e
 
 
 def run(main: Callable[[], None]) -> None:

@@ -21,7 +21,7 @@ from torch import Tensor
 from .errors import InputError, suggest
 from .head_scores import COPIES, TEXTS, Password, copying, random_texts, repetition
 from .hub import model_identity
-from .known import known_file, own_file
+from .known import known_file, made_for, own_file
 from .method import check_range
 from .model_info import ModelInfo
 
@@ -204,7 +204,7 @@ def roles_for(model, path: str | Path | None = None) -> HeadRoles:
 
 def known_roles(model, kind: str) -> Path | None:
     """The file of scores of this kind that is known for this model, if there is one: see `known_file`."""
-    return known_file(model, kind, ".json", lambda path: HeadRoles.load(path).identity)
+    return known_file(model, kind, ".json", made_for)
 
 
 # ---------------------------------------------------------------------- measuring

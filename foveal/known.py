@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from importlib.resources import files
 from pathlib import Path
@@ -23,6 +24,11 @@ def known_file(model, kind: str, suffix: str, identity: Callable[[Path], dict[st
             return path
     own = own_file(model, kind, suffix)
     return own if own.is_file() else None
+
+
+def made_for(path: Path) -> dict[str, Any]:
+    """The model that a JSON file of ours was made for."""
+    return json.loads(path.read_text("utf-8"))["identity"]
 
 
 def own_file(model, kind: str, suffix: str) -> Path:

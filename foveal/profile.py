@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import json
 import tomllib
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from .attach import Session, attach
 from .errors import InputError
 from .hub import model_identity
-from .method import Budget, Method
+from .method import Budget, Method, get_method
 from .spec import parse, written
 from .store import Layout
 
@@ -88,6 +88,35 @@ def load_profile(path: str | Path) -> Profile:
             f"{path} says budget = {found['budget']!r}, but its method '{found['method']}' has {budget!r}: make them agree"
         )
     return Profile(method, found["model"], Layout(**layout), found.get("evidence", {}))
+
+
+def chosen(
+    method: str | None, budget: Budget | None, profile: str | Path | None
+) -> tuple[Profile | None, Method | None]:
+    """The profile, if one is named, and the method that it or the other two come to. Raises InputError where both are given."""
+    if profile is None:
+        return None, single(method, budget)
+    if not method is budget is None:
+        raise InputError("a profile says method and budget: give --profile, or --method and --budget")
+    found = load_profile(profile)
+    return found, found.method
+
+
+def single(method: str | Method | None, budget: Budget | None = None) -> Method | None:
+    """As `get_method`; None and "dense" are no method at all."""
+    if isinstance(method, Method):
+        return method if budget is None else with_budget(method, budget)
+    if method not in (None, "dense"):
+        return get_method(method, **({} if budget is None else {"budget": budget}))
+    if budget is not None:
+        raise InputError("dense attention keeps everything and takes no budget: name a method that lets keys go")
+    return None
+
+
+def with_budget(method: Method, budget: Budget) -> Method:
+    if "budget" not in method.params:
+        raise InputError(f"'{written(method)}' takes no budget: name a method that has one, or leave the budget out")
+    return replace(method, budget=budget)
 
 
 def _lines(values: dict[str, Any]) -> str:

@@ -51,8 +51,8 @@ def chat(
     dtype: Dtype = None,
 ) -> None:
     """Talk to a model, and see after each answer what its cache kept, what it dropped, and how fast it was."""
+    from ..profile import chosen
     from ..serve import Sampling, Worker
-    from ..serve.menu import chosen
 
     if not 0 < memory < 1e6:
         raise InputError(f"--memory {memory}: expected a number of GiB above 0")

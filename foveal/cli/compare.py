@@ -7,6 +7,7 @@ from typing import Annotated
 
 import typer
 
+from ..command import check_writable
 from ..errors import InputError
 from .shared import (
     TASKS,
@@ -15,7 +16,6 @@ from .shared import (
     Model,
     app,
     budget_value,
-    check_writable,
     command_line,
     console,
     errors,

@@ -38,7 +38,7 @@ def generate(
 ) -> None:
     """Generate greedily with a method, and say what the cache came to."""
     from .. import attach
-    from ..serve.menu import chosen
+    from ..profile import chosen
     from ..tasks.task import encode
 
     found, keeper = chosen(method, budget_value(budget, "--budget"), profile)

@@ -7,8 +7,9 @@ from typing import Annotated
 
 import typer
 
+from ..command import check_writable
 from ..errors import InputError
-from .shared import Device, Dtype, Model, app, check_writable, console, errors, load_model, progress_bar
+from .shared import Device, Dtype, Model, app, console, errors, load_model, progress_bar
 
 
 @app.command()

@@ -7,8 +7,9 @@ from typing import Annotated
 
 import typer
 
+from ..command import check_writable
 from ..errors import InputError
-from .shared import Device, app, check_writable, console, progress_bar
+from .shared import Device, app, console, progress_bar
 
 
 @app.command()

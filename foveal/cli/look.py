@@ -7,13 +7,13 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from ..command import check_writable
 from ..errors import InputError
 from .shared import (
     Device,
     Dtype,
     Model,
     app,
-    check_writable,
     console,
     load_model,
     progress_bar,

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import sys
-import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -122,23 +121,6 @@ def whole(text: str, name: str) -> int:
     if not text.isdecimal() or int(text) < 1:
         raise InputError(f"--{name} {text}: expected whole numbers of tokens, like 1024,2048")
     return int(text)
-
-
-def check_writable(file: Path, option: str) -> None:
-    """Raise before any work when `file` could not be written; leaves nothing behind."""
-    if file.is_dir():
-        raise InputError(f"cannot write {file}: it is a folder; name another place with {option}")
-    nearest = file.absolute().parent
-    try:
-        while not nearest.exists():
-            nearest = nearest.parent
-        with tempfile.TemporaryFile(dir=nearest):  # permissions alone do not tell: the disk may be read-only or full
-            pass
-    except OSError as e:
-        reason = (e.strerror or str(e)).lower()
-        raise InputError(
-            f"cannot write {file}: {nearest} takes no new files ({reason}); name another place with {option}"
-        ) from e
 
 
 def check_fits(network, method: Method | None, prompt: int, more: int) -> None:

@@ -7,13 +7,13 @@ from typing import Annotated
 
 import typer
 
+from ..command import check_writable
 from ..errors import InputError
 from .shared import (
     Device,
     Dtype,
     Model,
     app,
-    check_writable,
     command_line,
     console,
     progress_bar,

@@ -8,9 +8,10 @@ from typing import Annotated
 import typer
 from rich.markup import escape
 
+from ..command import check_writable
 from ..errors import InputError
 from ..method import check_count
-from .shared import Device, Dtype, app, check_writable, console, errors, progress_bar
+from .shared import Device, Dtype, app, console, errors, progress_bar
 from .workers import Ray, RayCommand, Workers, check_place, load_for
 
 

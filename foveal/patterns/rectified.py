@@ -8,7 +8,7 @@ their values, where pooling promises to help more than it hurts. `rectified_atte
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -65,11 +65,14 @@ def critical_blocks(
     number = shares.blocks.shape[-1]
     if neighbours is not None:
         check_map(neighbours, (*shares.blocks.shape[:2], number, number))
-    least = max(1, int((1 - drop) * number + 1e-9))
-    reached = shares.blocks.sort(-1, descending=True).values.cumsum(-1)
-    count = ((reached <= mass).sum(-1) + 1).clamp(min=least)
-    chosen = largest(shares.blocks, count)
+    chosen = passing(shares.blocks, mass, max(1, int((1 - drop) * number + 1e-9)))
     return chosen if neighbours is None else chosen | neighbours.to(chosen.device)
+
+
+def passing(shares: Tensor, mass: float, least: int | Tensor) -> Tensor:
+    """Each row's largest shares `[..., n]` until they pass `mass`, and at least so many (a number, or one for each row): bool."""
+    reached = shares.sort(-1, descending=True).values.cumsum(-1)
+    return largest(shares, ((reached <= mass).sum(-1) + 1).clamp(min=least))
 
 
 def rectified_attention(
@@ -93,7 +96,7 @@ def rectified_attention(
     """
     check_heads(q, k, v)
     check_text(q, k, blocks, text)
-    blocks, heads, grid = blocks.to(q.device), q.shape[1], blocks.place.numel()
+    blocks, grid = blocks.to(q.device), blocks.place.numel()
     found = (*q.shape[:2], blocks.number, blocks.number)
     check_map(block_map, found)
     if shares is not None and shares.blocks.shape != found:
@@ -104,23 +107,26 @@ def rectified_attention(
         raise InputError("expected every block to read one at least, got rows of the map without any; add the diagonal")
     out, _ = attend_grid(q, k, v, blocks, block_map, text=text, scale=scale)
     shares = implicit_attention(q, k, blocks, text=text, scale=scale) if shares is None else shares
-    back = ~block_map.to(q.device) & _helps(q[:, :, :grid], spread(k[:, :, :grid], heads), blocks)
+    grids = (x[:, :, :grid] for x in (q, k))
+    back = ~block_map.to(q.device) & pooling_helps(*grids, blocks.mean, lambda mean: mean[:, :, blocks.block_of])
     returned = shares.blocks.masked_fill(~back, 0.0)
     kept = 1 - returned.sum(-1, keepdim=True)
-    mean_values = spread(blocks.mean(v[:, :, :grid]), heads)
+    mean_values = spread(blocks.mean(v[:, :, :grid]), q.shape[1])
     added = returned.to(mean_values.dtype) @ mean_values
     rectified = kept[:, :, blocks.block_of] * out[:, :, :grid] + added[:, :, blocks.block_of]
     return torch.cat([rectified.to(out.dtype), out[:, :, grid:]], 2)
 
 
-def _helps(q: Tensor, k: Tensor, blocks: TokenBlocks) -> Tensor:
-    """Gain of a pooled block above its error (gain-aware pooling rectification), bool `[batch, heads, nb, nb]`."""
-    dtype = wide(q.dtype)
+def pooling_helps(q: Tensor, k: Tensor, pool: Callable[[Tensor], Tensor], back: Callable[[Tensor], Tensor]) -> Tensor:
+    """Whether a pooled block's logit is larger than the mean deviations inside blocks may make it wrong (gain-aware pooling
+    rectification), bool `[batch, heads, nb, nb]`. pool: tokens to the means of their blocks.  back: to each token its block's mean.
+    """
     pooled, spans = [], []
-    for x in (q.to(dtype), k.to(dtype)):
-        mean = blocks.mean(x)
-        pooled.append(mean)
-        spans.append(blocks.mean((x - mean[:, :, blocks.block_of]).abs()))
+    for x in (q, k):
+        x = x.to(wide(x.dtype))
+        mean = pool(x)
+        pooled.append(spread(mean, q.shape[1]))
+        spans.append(spread(pool((x - back(mean)).abs()), q.shape[1]))
     (qp, kp), (q_span, k_span) = pooled, spans
     return (qp @ kp.mT).abs() > (q_span @ kp.mT).abs() + (qp @ k_span.mT).abs()
 

@@ -16,12 +16,12 @@ from ..default_model import default_folder
 from ..errors import InputError, ModelFileError
 from ..hub import DEFAULT_MODEL, check_files, explained, load, load_tokenizer
 from ..method import Budget
-from ..profile import Profile, load_profile
+from ..profile import Profile, chosen, load_profile
 from ..spec import written
 from .app import Service
 from .keys import Keys
 from .limits import Guard, Limits, is_loopback
-from .menu import DEFAULT, Menu, chosen
+from .menu import DEFAULT, Menu
 from .run import HttpServer, end_with, log_to_stderr
 from .together import start
 from .worker import Worker

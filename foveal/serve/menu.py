@@ -3,17 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import replace
-from pathlib import Path
 
 import torch
 from transformers import PreTrainedModel
 
 from ..attach import Session
 from ..errors import InputError, suggest
-from ..method import Budget, Method, check_budget, get_method, iterate
+from ..method import Budget, Method, check_budget, iterate
 from ..ops.formats import WIDTHS
-from ..profile import Profile, load_profile
+from ..profile import single, with_budget
 from ..spec import written
 from ..store import Layout
 from .request import NotAllowed, Request, TooLong
@@ -91,35 +89,6 @@ class Gate:
             raise TooLong(len(prompt), limit)
         evicts = method is not None and bool({"keep", "end"} & set(method.asks))
         return method, min(request.sampling.max_tokens, (self.context if evicts else limit) - len(prompt))
-
-
-def chosen(
-    method: str | None, budget: Budget | None, profile: str | Path | None
-) -> tuple[Profile | None, Method | None]:
-    """The profile, if one is named, and the method that it or the other two come to. Raises InputError where both are given."""
-    if profile is None:
-        return None, single(method, budget)
-    if not method is budget is None:
-        raise InputError("a profile says method and budget: give --profile, or --method and --budget")
-    found = load_profile(profile)
-    return found, found.method
-
-
-def single(method: str | Method | None, budget: Budget | None = None) -> Method | None:
-    """As `get_method`; None and "dense" are no method at all."""
-    if isinstance(method, Method):
-        return method if budget is None else with_budget(method, budget)
-    if method not in (None, "dense"):
-        return get_method(method, **({} if budget is None else {"budget": budget}))
-    if budget is not None:
-        raise InputError("dense attention keeps everything and takes no budget: name a method that lets keys go")
-    return None
-
-
-def with_budget(method: Method, budget: Budget) -> Method:
-    if "budget" not in method.params:
-        raise InputError(f"'{written(method)}' takes no budget: name a method that has one, or leave the budget out")
-    return replace(method, budget=budget)
 
 
 def token_bytes(session: Session, method: Method | None) -> int:

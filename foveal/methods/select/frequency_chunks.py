@@ -14,7 +14,7 @@ from torch import Tensor
 from ...command import Command, run
 from ...errors import InputError
 from ...hub import model_identity
-from ...known import known_file, own_file
+from ...known import known_file, made_for, own_file
 
 SIZES = (128, 256, 512, 1024)
 """How many best keys are compared (the paper: 128 to 4096)."""
@@ -102,7 +102,7 @@ def table_path(model) -> Path:
 def table_for(model, path: str | None = None) -> ChunkTable:
     """The table in `path`, else the one that ships for this model, else the user's own; raises InputError where there is none."""
     if path is None:
-        path = known_file(model, "frequency_chunks", ".json", lambda file: ChunkTable.load(file).identity)
+        path = known_file(model, "frequency_chunks", ".json", made_for)
     if path is not None:
         return ChunkTable.load(Path(path)).for_model(model)
     identity = model_identity(model)

@@ -61,7 +61,7 @@ def learned_for(model, kind: str, path: str | Path | None = None) -> Learned:
     identity = model_identity(model)
     name = identity["name"] or identity["architecture"]
     if path is None:
-        path = known_file(model, kind, ".safetensors", lambda file: Learned.load(file, kind).identity)
+        path = known_file(model, kind, ".safetensors", _made_for)
     if path is None:
         raise InputError(
             f"nothing is learned for {name} yet: train once with `python -m foveal.methods.select.{kind}_train --model {name}`"
@@ -70,6 +70,11 @@ def learned_for(model, kind: str, path: str | Path | None = None) -> Learned:
     if found.identity["weights"] != identity["weights"]:
         raise InputError(f"'{path}' was learned for {found.identity['name']}, not for {name}: train again")
     return found
+
+
+def _made_for(path: Path) -> dict[str, Any]:
+    with safe_open(path, "pt") as file:
+        return json.loads(file.metadata()["identity"])
 
 
 def learned_path(model, kind: str) -> Path:

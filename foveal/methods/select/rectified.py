@@ -9,7 +9,8 @@ from ...errors import InputError
 from ...method import Method, check_count, check_range, method
 from ...ops import pool_blocks
 from ...ops.dense import spread, wide
-from ...ops.top import largest
+from ...ops.ragged import logits
+from ...patterns.rectified import passing, pooling_helps
 from ...selection import All, Blocks, Selection
 from ...verify import Claim
 from .block_maps import is_whole_prompt
@@ -55,13 +56,12 @@ class Rectified(Method):
     def select(self, step) -> Selection:
         if self.drop == 0 or not isinstance(step.visible, All) or not is_whole_prompt(step, 2 * self.block):
             return All()
-        logits, tokens = _pooled(step, self.block)
+        z, tokens = _pooled(step, self.block)
         index = torch.arange(len(tokens), device=step.device)
         before = index <= index[:, None]
-        share = (logits + tokens.log()).masked_fill(~before, -torch.inf).softmax(-1)
+        share = (z + tokens.log()).masked_fill(~before, -torch.inf).softmax(-1)
         least = ((1 - self.drop) * (index + 1) + 1e-6).long().clamp(min=1)
-        reached = share.sort(dim=-1, descending=True).values.cumsum(-1)
-        chosen = largest(share, ((reached <= self.mass).sum(-1) + 1).clamp(min=least))
+        chosen = passing(share, self.mass, least)
         return Blocks(chosen & before | (index == 0) & before | (index == index[:, None]), self.block)
 
     def mix(self, step, out: Tensor) -> Tensor:
@@ -78,10 +78,8 @@ class Rectified(Method):
 def _pooled(step, size: int) -> tuple[Tensor, Tensor]:
     """(logits of mean queries and keys of blocks [1, heads, blocks, blocks], tokens of each block)."""
     q, k = (pool_blocks(x, size).to(wide(x.dtype)) for x in (step.q, step.k_new))
-    logits = q @ spread(k, step.H).mT * step.scale
-    cap = step.logit.softcap
-    tokens = (step.L - torch.arange(logits.shape[3], device=step.device) * size).clamp(max=size).to(logits.dtype)
-    return (logits if cap is None else cap * (logits / cap).tanh()), tokens
+    z = logits(q[0], spread(k, step.H)[0], step.logit)[None]
+    return z, (step.L - torch.arange(z.shape[3], device=step.device) * size).clamp(max=size).to(z.dtype)
 
 
 def corrected(step, out: Tensor, chosen: Tensor, size: int) -> Tensor:
@@ -89,31 +87,18 @@ def corrected(step, out: Tensor, chosen: Tensor, size: int) -> Tensor:
 
     A weight is exact where keys were read, so that sinks and a query's own block count for what they are, and pooled where blocks return.
     """
-    logits, tokens = _pooled(step, size)
-    index = torch.arange(len(tokens), device=step.device)
-    back = (index < index[:, None]) & ~chosen & _helps(step, size)
-    logits = (logits + tokens.log()).masked_fill(~back, -torch.inf)
-    most = logits.amax(-1, keepdim=True).clamp(min=torch.finfo(logits.dtype).min)
-    weight = (logits - most).exp()  # of what comes back, by block of queries
+    z, tokens = _pooled(step, size)
+    index, home = torch.arange(len(tokens), device=step.device), torch.arange(step.L, device=step.device) // size
+    helps = pooling_helps(step.q, step.k_new, lambda x: pool_blocks(x, size), lambda mean: mean[:, :, home])
+    back = (index < index[:, None]) & ~chosen & helps
+    z = (z + tokens.log()).masked_fill(~back, -torch.inf)
+    most = z.amax(-1, keepdim=True).clamp(min=torch.finfo(z.dtype).min)
+    weight = (z - most).exp()  # of what comes back, by block of queries
     values = (
         weight
         @ spread(pool_blocks(step.v_new, size).to(weight.dtype), step.H)
         / weight.sum(-1, keepdim=True).clamp(min=1e-30)
     )
-    home = torch.arange(step.L, device=step.device) // size
     returned = (most[..., 0] + weight.sum(-1).log())[:, :, home]
     kept = torch.sigmoid(step.stats["lse"].to(returned.dtype) - returned)[..., None]
     return (kept * out + (1 - kept) * values[:, :, home]).to(out.dtype)
-
-
-def _helps(step, size: int) -> Tensor:
-    """Whether a pooled block's logit is larger than the mean deviations inside blocks may make it wrong, [1, heads, blocks, blocks]."""
-    pooled, spans = [], []
-    for x in (step.q, step.k_new):
-        x = x.to(wide(x.dtype))
-        mean = pool_blocks(x, size)
-        pooled.append(mean)
-        spans.append(pool_blocks((x - mean.repeat_interleave(size, 2)[:, :, : step.L]).abs(), size))
-    (q, k), (q_span, k_span) = pooled, spans
-    k, k_span = spread(k, step.H), spread(k_span, step.H)
-    return (q @ k.mT).abs() > (q_span @ k.mT).abs() + (q @ k_span.mT).abs()
