@@ -1,7 +1,8 @@
 """A whole comparison as a file that can be committed: `python -m benchmarks.compare_table ruler/results.json [--name ruler]`.
 
-One row a method, budget and length: the mean score over the tasks, its difference to dense with the paired interval, bytes and speed,
-and each task's score with the same. Only cells count in which every sample was answered; a row in which one is missing says which.
+One row a method, budget and length: the mean score over the tasks, its difference to dense with the paired interval, bytes and speed
+(on a CPU milliseconds of attention too), and each task's score with the same. Only cells count in which every sample was answered; a
+row in which one is missing says which.
 Writes benchmarks/results/compare-NAME-DATE.json.
 """
 
@@ -47,6 +48,8 @@ def _row(group: list[dict], samples: int) -> dict:
     row["read"] = sum(reads) / len(reads) if reads else None
     for name in ("prefill_s", "decode_tok_s", "peak_bytes"):
         row[name] = next((r[name] for r in whole if r[name] is not None), None)
+    if (attention := next((r["attention_ms"] for r in whole if r.get("attention_ms") is not None), None)) is not None:
+        row["attention_ms"] = attention
     row["tasks"] = {r["task"]: [r["score"], *([r["gain_low"], r["gain_high"]] if paired else [])] for r in whole}
     return row
 

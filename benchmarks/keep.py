@@ -56,6 +56,9 @@ ARMS = (
     "recycled(budget=4096)",
     "fasa(budget=0.189, chunks='slowest', heads='kv')",
     "spatten(budget=0.5)",
+    "hip()",
+    "hip(refresh=8)",
+    "hisa()",
 )
 """Methods as their papers run them; what the papers say of them stands in `docs/keep.py`."""
 SLOW = 1.0  # seconds of two layers at one length above which the next length's reading is left out
@@ -117,7 +120,7 @@ def decode_row(model, method: str | None, random: Random) -> dict:
         ids = torch.zeros(1, 1, dtype=torch.long, device=model.device)
         step = lambda: model(ids, past_key_values=store).logits
         cycle = max(
-            (getattr(m, "stride", 1) for m in iterate(session.method)), default=1
+            (max(getattr(m, "stride", 1), getattr(m, "refresh", 1)) for m in iterate(session.method)), default=1
         )  # cheap steps, then a full one
         for _ in range(max(8, 6 * cycle) if model.device.type == "cuda" else 1):
             step()

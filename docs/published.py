@@ -20,13 +20,15 @@ def compare(result: dict) -> str:
         "samples with its 95 % paired interval. Held: bytes of the cache, of dense's. Read: keys a step reads, of those held, "
         "where fewer than all."
     ]
+    attends = any("attention_ms" in r for r in rows)
+    parts += [_costs(rows)] if attends else []
     for length in sorted({r["length"] for r in rows}):
         here = [r for r in rows if r["length"] == length]
         dense = next((r for r in here if r["method"] == "dense"), None)
         told = "not measured" if dense is None or "score" not in dense else f"{_percent(dense['score'])}"
         parts.append(f"### {length:,} tokens\n\nDense: {told}.\n\n" + _by_budget(here))
         parts.append(_by_task(here))
-    parts.append(_speeds(rows))
+    parts += [] if attends else [_speeds(rows)]
     parts.append(_missing(rows))
     return "\n\n".join(p for p in parts if p)
 
@@ -76,6 +78,32 @@ def _speeds(rows: list[dict]) -> str:
         lines.append(f"| `{r['method']}` | {what} | " + " | ".join(cells) + f" | {r['bytes'] / 1e6:,.1f} |")
     head = f"### Speed and memory\n\nOne sequence of {length:,} tokens alone on a GPU that does nothing else"
     return f"{head}; weights are in the peak.\n\n" + "\n".join(lines)
+
+
+def _costs(rows: list[dict]) -> str:
+    """A CPU's: bytes and attention first, since there weights bound the speed of a small model."""
+    timed = [r for r in rows if r.get("attention_ms")]
+    dense = next((r for r in timed if r["method"] == "dense"), {})
+    lines = [
+        "| method | budget | cache, MB | of dense's | attention, ms a token | of dense's | tokens a second | reading, ms | peak, MB |",
+        "| --- |" + " ---: |" * 8,
+    ]
+    for r in timed:
+        share = f"{100 * r['attention_ms'] / dense['attention_ms']:.0f} %" if dense else ""
+        cells = [
+            "" if r["method"] == "dense" or r["budget"] is None else _share(r["budget"]),
+            f"{r['bytes'] / 1e6:,.1f}",
+            f"{100 * r['kept']:.0f} %",
+            f"{r['attention_ms']:.2f}",
+            share,
+            f"{r['decode_tok_s']:,.1f}",
+            f"{1e3 * r['prefill_s']:,.0f}",
+            f"{r['peak_bytes'] / 1e6:,.0f}",
+        ]
+        lines.append(f"| `{r['method']}` | " + " | ".join(cells) + " |")
+    head = f"### Memory and attention\n\nOne sequence of {timed[0]['length']:,} tokens alone on a CPU"
+    told = "attention is its part of a decode step, over all layers and with all that a method does there; weights are in the peak"
+    return f"{head}; {told}.\n\n" + "\n".join(lines)
 
 
 def _missing(rows: list[dict]) -> str:

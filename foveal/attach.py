@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -90,6 +90,7 @@ class Session:
         self.planes = _planes(method)
         self._used: dict[int, tuple] = {}  # what `use` set up, by the identity of the method
         self.read_share: float | None = None  # of the keys held, how many the latest decode step read
+        self.clock: AbstractContextManager = nullcontext()  # entered around all that attention and the method do
         self._more = False
         self._tokens: list = []
         AttentionInterface.register(NAME, foveal_attention)
@@ -171,9 +172,10 @@ class Session:
         self.store = store
         pass_.returns_store = given is not None or _wants_cache(kwargs, self.config)
         self._tokens.append(ACTIVE.set(pass_))
-        for sub in pass_.parts or [pass_]:
-            for i, m in enumerate(iterate(self.method)):
-                sub.key[i] = m.begin(sub)
+        with self.clock:
+            for sub in pass_.parts or [pass_]:
+                for i, m in enumerate(iterate(self.method)):
+                    sub.key[i] = m.begin(sub)
         return (), kwargs
 
     def _forget_interrupted(self) -> None:
@@ -199,7 +201,8 @@ class Session:
         if pass_.places is not None:
             output = whole(pass_, output)
         if self.method is not None and "end" in self.method.asks:
-            self._end(pass_)
+            with self.clock:
+                self._end(pass_)
         return output if pass_.returns_store else _without_store(output, pass_.store)
 
     def _end(self, pass_: Pass) -> None:
@@ -212,6 +215,8 @@ class Session:
                 m.end(part)
         if len(pieces) > 1:
             store.layers = Store.join(pieces).layers
+            for rows in store.rows:
+                rows.settle()
 
     def _cache(self, given: Cache | None) -> Store:
         if isinstance(given, Store):

@@ -39,13 +39,17 @@ def foveal_attention(
             "this model is set to attention 'foveal' but is not attached: use `with foveal.attach(model, method):`"
         )
     layer, pass_.pending = pass_.pending, None
-    if layer is None:
-        return _model_own(pass_, module, query, key, value, attention_mask, scaling, dropout, softcap, s_aux, kwargs)
-    _refuse(module, kwargs, dropout)
-    scale = query.shape[-1] ** -0.5 if scaling is None else scaling
-    if pass_.session.original == "sdpa":
-        softcap = None  # where transformers still allows SDPA for such a model it leaves the soft-cap out, and so the model's own logits do
-    out = run(pass_, layer, query, key, value, Logit(scale, softcap, s_aux))
+    with pass_.session.clock:
+        if layer is None:
+            return _model_own(
+                pass_, module, query, key, value, attention_mask, scaling, dropout, softcap, s_aux, kwargs
+            )
+        _refuse(module, kwargs, dropout)
+        scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+        if pass_.session.original == "sdpa":
+            # where transformers still allows SDPA for such a model it leaves the soft-cap out, and so the model's own logits do
+            softcap = None
+        out = run(pass_, layer, query, key, value, Logit(scale, softcap, s_aux))
     return out.transpose(1, 2), None
 
 
@@ -107,13 +111,14 @@ def _each_sequence(
     batch = q.shape[0]
     if batch == 1 and pass_.columns[0] is None:
         return prefill(pass_.parts[0], index, rows, parts, q, k, v, logit)
-    pieces = [rows.fresh() for _ in range(batch)] if rows.empty else [rows.take([b]) for b in range(batch)]
+    pieces = [rows.fresh() for _ in range(batch)] if rows.empty else rows.alone()
     out = q.new_zeros(*q.shape[:3], v.shape[3])
     for b, (sub, columns) in enumerate(zip(pass_.parts, pass_.columns, strict=True)):
         at = slice(None) if columns is None else columns
         one = [x[b : b + 1, :, at] for x in (q, k, v)]
         out[b, :, at] = prefill(sub, index, pieces[b], parts, *one, logit)[0].to(out.dtype)
     rows.become(pieces)
+    rows.settle()  # here and not in the first decode step, which looks at nothing
     return out
 
 

@@ -3,13 +3,23 @@
 import hashlib
 import os
 import re
+from importlib.util import find_spec
 from pathlib import Path
 
 import huggingface_hub
 import torch
 from safetensors import SafetensorError
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForImageTextToText,
+    AutoTokenizer,
+    PreTrainedConfig,
+)
 from transformers.distributed import DistributedConfig
+from transformers.models.auto.modeling_auto import (
+    MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
+    MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES,
+)
 
 from foveal.default_model import DEFAULT_MODEL, cache_dir, default_folder, quiet
 from foveal.errors import InputError, ModelFileError, UnsupportedModel
@@ -25,7 +35,8 @@ def load(
     dtype: str | torch.dtype | None = None,
     shards: int = 1,
 ):
-    """Load a causal language model and its tokenizer, ready for inference; returns `(model, tokenizer)`.
+    """Load a causal language model and its tokenizer, ready for inference; returns `(model, tokenizer)`. One that reads images
+    beside text (Idefics3, LLaVA, ...) comes whole; `load_processor` is its processor.
 
     `model_id` is a Hugging Face id or a local folder; `None` is SmolLM2-135M-Instruct, fetched once (93 MB) and kept
     converted (538 MB) under `$FOVEAL_CACHE`, else `$XDG_CACHE_HOME/foveal`, else `~/.cache/foveal`. Where there is no
@@ -192,15 +203,47 @@ def _pretrained(path: str, dtype: torch.dtype, local_files_only: bool, shards: i
     if local_files_only and not Path(path).is_dir() and not _weights_cached(path):
         raise OSError("no safetensors in the cache")  # transformers would ask the hub to convert others
     more = {} if shards == 1 else {"distributed_config": DistributedConfig(tp_size=shards)}
-    model = AutoModelForCausalLM.from_pretrained(
-        path, dtype=dtype, use_safetensors=True, **_safely(path, local_files_only), **more
-    )
+    kind = AutoModelForImageTextToText if reads_images(path, local_files_only) else AutoModelForCausalLM
+    model = kind.from_pretrained(path, dtype=dtype, use_safetensors=True, **_safely(path, local_files_only), **more)
     return model, tokenizer
 
 
 def load_tokenizer(path: str | os.PathLike, local_files_only: bool = True):
     """The tokenizer alone of a model's folder or id."""
     return AutoTokenizer.from_pretrained(path, **_safely(path, local_files_only))
+
+
+def reads_images(path: str | os.PathLike, local_files_only: bool = True) -> bool:
+    """Whether a model's folder or id is of a kind that transformers knows with images alone, by its configuration."""
+    where = _safely(path, local_files_only)
+    if where.pop("gguf_file") is not None:
+        return False
+    kind = PreTrainedConfig.get_config_dict(path, **where)[0].get("model_type")
+    return kind in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES and kind not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+
+def load_processor(path: str | os.PathLike, local_files_only: bool = True):
+    """The processor, tokenizer and image processor, of a model that reads images. Raises `ModelFileError` where there is none,
+    `InputError` without Pillow, or what else transformers needs for it (SmolVLM's: torchvision and num2words)."""
+    if find_spec("PIL") is None:
+        raise InputError("Pillow is not installed, which reading images needs: pip install 'foveal[serve]'")
+    from transformers import AutoProcessor  # imports much, and models of text do without
+
+    where = _safely(path, local_files_only)
+    where.pop("gguf_file")
+    try:
+        found = AutoProcessor.from_pretrained(path, **where)
+    except ImportError as error:  # some ask for torchvision or num2words
+        needs = str(error).strip().partition("\n")[0].partition(". ")[0]
+        raise InputError(f"The processor of '{path}' needs what is not installed: {needs}; install it.") from error
+    except Exception as error:
+        raise explained(str(path), error, local=Path(path).is_dir()) from error
+    if getattr(found, "image_processor", None) is None:
+        raise ModelFileError(
+            f"Expected an image processor in '{path}', which a model that reads images needs, but it has none; restore "
+            "preprocessor_config.json."
+        )
+    return found
 
 
 def _safely(path: str | os.PathLike, local_files_only: bool) -> dict:

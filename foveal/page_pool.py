@@ -5,14 +5,18 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Sequence
 from itertools import accumulate
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
-from .ops.formats import WIDTHS, code_like
-from .ops.pages import Pages, pools
+from .ops.formats import WIDTHS, code_like, encode
+from .ops.pages import Pages, as_bytes, pools
 from .ops.recent import Recent
 from .rows import Piece, places_of, round_up
+
+if TYPE_CHECKING:
+    from .page_rows import PageRows
 
 SIZE = 32  # keys of a page: larger ones waste more of short rows, smaller ones cost page lists
 
@@ -44,6 +48,8 @@ def packed(pieces: Sequence[Piece]) -> tuple[Pages, dict[str, Tensor], list[int]
     """A pool and planes that hold the rows of all pieces, without pages to spare, and how many keys each row has."""
     places, first = sorted(places_of(pieces)), pieces[0].block
     lengths, old = [place.length for place in places], first.pool
+    if len(pieces) == 1 and min(lengths) == max(lengths) > 0 and old.format is None and old.recent is None:
+        return *_even(pieces[0], [place.position for place in places], lengths[0]), lengths
     counts = [pages_of(n) for n in lengths]
     capacity = round_up(max(lengths), SIZE)
     pool = new_pool(old.key, old.value, old.format, sum(counts), lengths, coded=True)
@@ -61,6 +67,73 @@ def packed(pieces: Sequence[Piece]) -> tuple[Pages, dict[str, Tensor], list[int]
         if some:
             _copy(pool, planes, piece, some)
     return pool, planes, lengths
+
+
+def _even(piece: Piece, positions: list[int], length: int) -> tuple[Pages, dict[str, Tensor]]:
+    """The pool and planes of rows out of one block that keep equally many keys."""
+    block, pool = piece.block, dataclasses.replace(piece.block.pool, bound=length)
+    planes, order = block.planes, piece.order
+    if positions != list(range(pool.rows)):
+        at = torch.tensor(positions).to(block.device, non_blocking=True)
+        pool = dataclasses.replace(pool, table=pool.table[at], length=pool.length[at])
+        planes, order = {name: plane[at] for name, plane in planes.items()}, None if order is None else order[at]
+    if order is not None:
+        order, row = order[:, :length], torch.arange(len(positions), device=block.device)[:, None]
+    read = pool.read if order is None else lambda name, dtype: pool.gather(name, order, dtype)
+    made = {}
+    for name, plane in planes.items():
+        made[name] = plane.new_full((len(positions), round_up(length, SIZE), *plane.shape[2:]), block.fills[name])
+        made[name][:, :length] = plane[:, :length] if order is None else plane[row, order]
+    return filled(pool, read("key", pool.key.dtype), read("value", pool.value.dtype)), made
+
+
+def filled(pool: Pages, key: Tensor, value: Tensor) -> Pages:
+    """A pool like this with the keys and values [rows, length, head_dim], its pages in order and none to spare."""
+    (rows, length), made = key.shape[:2], {}
+    pages = pages_of(length)
+    for name, x in (("key", key), ("value", value)):
+        coded = (x.to(pool.key.dtype),) if pool.format is None else encode(x, pool.format)
+        for field, new in zip((name, name + "_scale"), coded, strict=False):
+            room = new.new_zeros(rows, pages * SIZE, new.shape[2])
+            as_bytes(room)[:, :length] = as_bytes(new)
+            made[field] = room.view(rows * pages, SIZE, -1)
+    table = torch.arange(rows * pages, dtype=torch.int32, device=key.device).view(rows, pages)
+    return dataclasses.replace(pool, **made, table=table, length=torch.full_like(table[:, 0], length), bound=length)
+
+
+def end_to_end(blocks: Sequence[PageRows]) -> tuple[Pages, dict[str, Tensor], Tensor]:
+    """A pool and planes of all their rows, each block's pages after those of the one before, and the stack of free pages."""
+    pools_, first = [b.pool for b in blocks], blocks[0]
+    sizes = [len(p.key) for p in pools_]
+    begin, free = list(accumulate(sizes, initial=0)), [b.free[: b.spare_pages] for b in blocks]
+    shift = lambda counts: torch.tensor(
+        [n for n, c in zip(begin, counts, strict=False) for _ in range(c)], dtype=torch.int32
+    )
+    by_row, by_page = (
+        shift(map(len, x)).to(first.device, non_blocking=True) for x in ([p.table for p in pools_], free)
+    )
+    made = {}
+    for name in ("key", "value", "key_scale", "value_scale"):
+        parts = [getattr(p, name) for p in pools_]
+        if parts[0] is not None:
+            made[name] = torch.cat([as_bytes(x) for x in parts]).view(parts[0].dtype)
+    table = _stacked([p.table for p in pools_], 0) + by_row[:, None]
+    pool = dataclasses.replace(first.pool, **made, table=table, length=torch.cat([p.length for p in pools_]))
+    planes = {name: _stacked([b.planes[name] for b in blocks], first.fills[name]) for name in first.planes}
+    free = torch.cat(free) + by_page
+    return pool, planes, torch.cat([free, free.new_zeros(begin[-1] - len(free))])
+
+
+def _stacked(parts: Sequence[Tensor], fill: float) -> Tensor:
+    """Rows [rows, slots, ...] of all parts, short ones filled up."""
+    width = max(x.shape[1] for x in parts)
+    if all(x.shape[1] == width for x in parts):
+        return torch.cat(list(parts))
+    out, at = parts[0].new_full((sum(map(len, parts)), width, *parts[0].shape[2:]), fill), 0
+    for x in parts:
+        out[at : at + len(x), : x.shape[1]] = x
+        at += len(x)
+    return out
 
 
 def _copy(new: Pages, planes: dict[str, Tensor], piece: Piece, moves: list[tuple[int, int, int, int]]) -> None:

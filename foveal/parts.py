@@ -29,7 +29,7 @@ class Part(NamedTuple):
 
 def needs_of(parts: Sequence[Part]) -> frozenset[str]:
     """The statistics that anybody named."""
-    return frozenset().union(*(part.method.needs for part in parts)) if parts else frozenset()
+    return frozenset().union(*(part.method.needs for part in parts)) - {"whole_prompt"}
 
 
 def edits_weights(parts: Sequence[Part]) -> bool:

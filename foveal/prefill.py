@@ -62,18 +62,21 @@ class Layout(NamedTuple):
     whole: bool
 
 
-def _layout(step: Step, before: tuple[Tensor, Tensor, Tensor] | None, past_whole: bool) -> Layout:
+def _layout(step: Step, before: tuple[Tensor, Tensor, Tensor | None] | None, past_whole: bool) -> Layout:
     if before is None:
         return Layout(step.k_new, step.v_new, None, True)
     if past_whole:
         return Layout(step.store.keys(), step.store.values(), None, True)
     key, value, mass = before
-    new = mass.new_ones(1, step.G, step.L)
-    return Layout(torch.cat([key, step.k_new], 2), torch.cat([value, step.v_new], 2), torch.cat([mass, new], 2), False)
+    if mass is not None:
+        mass = torch.cat([mass, mass.new_ones(1, step.G, step.L)], 2)
+    return Layout(torch.cat([key, step.k_new], 2), torch.cat([value, step.v_new], 2), mass, False)
 
 
-def _past_mass(rows: LayerStore) -> Tensor:
-    """How much each stored key counts, [1, kv_heads, T]: zero where a slot is empty."""
+def _past_mass(rows: LayerStore) -> Tensor | None:
+    """How much each stored key counts, [1, kv_heads, T]: zero where a slot is empty; None where each counts once."""
+    if rows.uniform is not None and "mass" not in rows.specs:
+        return None
     valid = rows.valid
     return rows.plane("mass").where(valid, 0.0) if "mass" in rows.specs else valid.float()
 

@@ -33,8 +33,8 @@ class Profile:
         """The method's budget, where it is one method that has one."""
         return self.method.params.get("budget")
 
-    def attach(self, model) -> Session:
-        """Put the method on the model: `with profile.attach(model) as session:`. Raises InputError for another model."""
+    def check(self, model) -> None:
+        """Raise InputError for another model than the one this was made for."""
         here = model_identity(model)
         differs = [key for key, value in self.model.items() if key != "name" and here.get(key) != value]
         if differs:
@@ -42,6 +42,10 @@ class Profile:
                 f"this profile was made for {self.model.get('name', 'another model')}, but the model is {here['name']} "
                 f"({', '.join(differs)} differ): run `foveal tune {here['name']}`"
             )
+
+    def attach(self, model) -> Session:
+        """Put the method on the model: `with profile.attach(model) as session:`. Raises InputError for another model."""
+        self.check(model)
         return attach(model, self.method, layout=self.layout)
 
     def save(self, path: str | Path) -> Path:

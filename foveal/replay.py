@@ -27,9 +27,11 @@ if TYPE_CHECKING:
 
 @dataclass
 class LayerRecord:
-    """What one layer computed for the prompt: queries [1, heads, length, head_dim], statistics, how logits are made."""
+    """What one layer computed for the prompt: q [1, heads, length, head_dim], k and v per KV head, statistics, how logits are made."""
 
     q: Tensor
+    k: Tensor
+    v: Tensor
     logit: Logit
     stats: dict[str, Tensor]
     seconds: dict[str, float]
@@ -50,12 +52,17 @@ class Recorder(Method):
 
     def after(self, step: Step) -> None:
         if not step.decode:
-            self.layers[step.layer] = LayerRecord(step.q, step.logit, step.named_stats, step.seconds)
+            self.layers[step.layer] = LayerRecord(
+                step.q, step.k_new, step.v_new, step.logit, step.named_stats, step.seconds
+            )
 
 
 @dataclass
 class Recording:
-    """A prompt read densely: its store, what each layer computed, and how long the pass took without the statistics."""
+    """A prompt read densely: what each layer computed, and how long the pass took without the statistics.
+
+    store: without the keys of these layers, which are kept with them; those of the layers that Foveal leaves alone are in it.
+    """
 
     store: Store
     layers: dict[int, LayerRecord]
@@ -79,11 +86,10 @@ class Recording:
         for n, m in enumerate(parts):
             pass_.key[n] = m.begin(pass_)
         for i, recorded in self.layers.items():
-            source, layer = self.store.layers[i].rows, store.layers[i]
-            key, value = source.keys(), source.values()
-            layer.rows.append(key, value, 0)
+            layer = store.layers[i]
+            layer.rows.append(recorded.k, recorded.v, 0)
             layer.columns, layer.is_initialized = length, True
-            step = Step(pass_, i, layer.rows, recorded.q, key, value, recorded.logit)
+            step = Step(pass_, i, layer.rows, recorded.q, recorded.k, recorded.v, recorded.logit)
             active = session.active[i]
             for part in active:
                 step.adopt(part.method.needs, recorded.stats)
@@ -119,6 +125,8 @@ def record(model, ids: Tensor, methods: Sequence[Method | None] = ()) -> Recordi
         _synchronise(ids)
         total = time.perf_counter() - start
         spent = sum(s for r in recorder.layers.values() for s in r.seconds.values())
+        for rows in session.store.rows:
+            rows.reset()
         return Recording(session.store, dict(recorder.layers), ids, total - spent)
 
 

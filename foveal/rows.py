@@ -7,7 +7,7 @@ zeros or keys that left, so always finite numbers, because attention multiplies 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence, Set
+from collections.abc import Iterator, Mapping, Sequence, Set
 from typing import NamedTuple
 
 import torch
@@ -22,6 +22,24 @@ GRAIN = 16  # capacities are multiples of it
 
 def round_up(n: int, multiple: int) -> int:
     return -(-n // multiple) * multiple
+
+
+def length_class(n: int) -> int:
+    """Rows of one class share a block: fifths of an octave of length, so that padding stays below an eighth."""
+    return round(5 * math.log2(max(n, 1)))
+
+
+class Layout(NamedTuple):
+    """How keys and values lie in memory.
+
+    paged: pages with lengths on the device (None: on CUDA devices, and wherever codes are stored). format: None, or codes of fewer bits,
+    "fp8", "int8" or "int4", see `foveal.ops.formats`; they go with any method. residual: how many of the newest tokens of each row are
+    read as they came, not as codes (KIVI has 128): 0, or a power of two from 32 up.
+    """
+
+    paged: bool | None = None
+    format: str | None = None
+    residual: int = 0
 
 
 class Rows:
@@ -218,7 +236,7 @@ class Rows:
             yield self.take(positions, [numbers[p] for p in positions], total, heads)
 
     @staticmethod
-    def pack(pieces: Sequence[Piece], heads: int, length_class: Callable[[int], int]) -> list[Rows]:
+    def pack(pieces: Sequence[Piece], heads: int) -> list[Rows]:
         """New classes out of pieces that make up the whole store: rows of equal `length_class(length)` share a block.
 
         The pieces are used up: a block that stays together is not copied.
@@ -232,6 +250,11 @@ class Rows:
             places.sort()
             packed.append(_as_it_is(pieces, places, total, heads) or _pack_class(pieces, places, total, heads))
         return packed
+
+    @staticmethod
+    def join(pieces: Sequence[Piece], heads: int) -> list[Rows]:
+        """As `pack`, for whole blocks one after the other."""
+        return Rows.pack(pieces, heads)
 
     # ------------------------------------------------------------------ pages
 

@@ -9,10 +9,8 @@ valid until the next `apply`.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -20,27 +18,9 @@ from torch import Tensor
 from .edits import Keep, Plane
 from .errors import InputError
 from .paged import PagedRows
-from .rows import FAR, FIXED, Piece, Rows, round_up
+from .rows import FAR, FIXED, Layout, Piece, Rows, round_up
 
-__all__ = ["FAR", "FIXED", "LayerStore", "Rows", "round_up"]
-
-
-def length_class(n: int) -> int:
-    """Rows of one class share a block: fifths of an octave of length, so that padding stays below an eighth."""
-    return round(5 * math.log2(max(n, 1)))
-
-
-class Layout(NamedTuple):
-    """How keys and values lie in memory.
-
-    paged: pages with lengths on the device (None: on CUDA devices, and wherever codes are stored). format: None, or codes of fewer bits,
-    "fp8", "int8" or "int4", see `foveal.ops.formats`; they go with any method. residual: how many of the newest tokens of each row are
-    read as they came, not as codes (KIVI has 128): 0, or a power of two from 32 up.
-    """
-
-    paged: bool | None = None
-    format: str | None = None
-    residual: int = 0
+__all__ = ["FAR", "FIXED", "LayerStore", "Layout", "Rows", "round_up"]
 
 
 class LayerStore:
@@ -50,7 +30,8 @@ class LayerStore:
         self.layout = layout or Layout()
         self.specs: dict[str, Plane] = dict(planes or {})
         self.fills = {"key": 0.0, "value": 0.0, "token": FAR} | {n: p.fill for n, p in self.specs.items()}
-        self.classes: list[Rows] = []
+        self._classes: list[Rows] = []
+        self._apart: list[LayerStore] = []  # sequences that became one batch and lie apart until somebody looks
         self._named: dict[tuple[int, ...], Tensor] = {}  # which KV heads a tuple of heads means, on the device
         self.batch = self.heads = 0
         self.shift_bound = 0  # slots below it may carry a non-zero `shift` plane (positions inside the cache)
@@ -59,7 +40,17 @@ class LayerStore:
 
     @property
     def empty(self) -> bool:
-        return not self.classes
+        return not (self._classes or self._apart)
+
+    @property
+    def classes(self) -> list[Rows]:
+        """The blocks of memory that the rows lie in."""
+        self.settle()
+        return self._classes
+
+    @classes.setter
+    def classes(self, classes: list[Rows]) -> None:
+        self._classes, self._apart = classes, []
 
     @property
     def single(self) -> Rows | None:
@@ -279,7 +270,7 @@ class LayerStore:
             order = (~mask).byte().argsort(dim=-1, stable=True) if order is None else order
             pieces.append(Piece(c, numbers, lengths, c.pick(order)))
         if order is not None:
-            self.classes = self.classes[0].pack(pieces, self.heads, length_class)
+            self.classes = self.classes[0].pack(pieces, self.heads)
 
     def _absorb(self, keep: Keep) -> None:
         """Fold what leaves into the slot `into` of the same row, as a mean weighted by mass."""
@@ -331,20 +322,32 @@ class LayerStore:
         return LayerStore(self.specs, self.layout)
 
     def become(self, parts: Sequence[LayerStore]) -> None:
-        """Hold the sequences of all parts, one after the other."""
-        parts = [p for p in parts if not p.empty]
-        if not parts:
+        """Hold the sequences of all parts, one after the other; the parts are used up, when somebody looks at the rows."""
+        if not (parts := [p for p in parts if not p.empty]):
             return
         if any(p.specs != self.specs or p.heads != parts[0].heads for p in parts):
             raise InputError("stores of different methods or models cannot join one batch: planes or KV heads differ")
         self.heads, self.batch = parts[0].heads, sum(p.batch for p in parts)
         self.shift_bound = max(p.shift_bound for p in parts)
+        self._classes, self._apart = [], parts
+
+    def settle(self) -> None:
+        """Lay what became one batch into one block of memory now."""
+        if not self._apart:
+            return
+        parts, self._apart = self._apart, []
         pieces, offset = [], 0
         for p in parts:
             pieces += [Piece(c, [offset + n for n in c.numbers()], c.lengths()) for c in p.classes]
             offset += p.batch * p.heads
         first = parts[0].classes
-        self.classes = first if len(parts) == 1 else first[0].pack(pieces, self.heads, length_class)
+        self._classes = first if len(parts) == 1 else first[0].join(pieces, self.heads)
+
+    def alone(self) -> list[LayerStore]:
+        """A store for each sequence; this one is used up where they lie apart."""
+        if self._apart and all(p.batch == 1 for p in self._apart):
+            return self._apart
+        return [self.take([b]) for b in range(self.batch)]
 
     def leave(self, sequences: Sequence[int]) -> None:
         """Let these sequences go, but not all; the others are numbered anew. Blocks they had no row in are not copied."""
@@ -361,7 +364,7 @@ class LayerStore:
             if left:
                 positions, numbers, lengths = (list(x) for x in zip(*left, strict=True))
                 pieces.append(Piece(c, numbers, lengths, None, positions))
-        self.batch, self.classes = len(stay), self.classes[0].pack(pieces, G, length_class)
+        self.batch, self.classes = len(stay), self.classes[0].pack(pieces, G)
 
     @property
     def in_place(self) -> bool:

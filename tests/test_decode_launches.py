@@ -12,7 +12,7 @@ from reference import role_file
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 
 import foveal
-from foveal import decode, graphs, leaving, paged, step
+from foveal import decode, graphs, leaving, page_rows, paged, step
 from foveal.edits import Leave, Plane
 from foveal.leaving import in_one_launch
 from foveal.methods.select import fasa
@@ -57,7 +57,7 @@ def counting(monkeypatch):
 
         monkeypatch.setattr(module, name, stand_in)
 
-    kernel(paged, "append_page_keys", pages.append_page_keys)
+    kernel(page_rows, "append_page_keys", pages.append_page_keys)
     kernel(paged, "drop_page_keys", pages.drop_page_keys)
     attend = lambda *_, want="", **__: 2 if want == "" else 3
     kernel(decode.ops, "attend_ragged", paged_attention.attend_ragged, attend)

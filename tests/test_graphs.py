@@ -13,7 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_mod
 from torch.utils._pytree import tree_leaves
 
 import foveal
-from foveal import graphs, ops, paged
+from foveal import graphs, ops, page_rows
 from foveal.graphs import SETTLED
 from foveal.method import Method
 from foveal.ops import leave, paged_attention, pages, ragged, scores
@@ -152,14 +152,17 @@ def close(a, b) -> bool:
 
 
 RECYCLED = "recycled(budget=24, stride=6)"
+HIP = "hip(budget=24, sink=2, recent=4, query_block=8, dense=0, refresh=6)"
 
 
-def test_each_kind_of_step_has_one_graph_and_both_are_replayed(recorded):
-    """Every sixth step reads all keys: its graph comes after as many of its kind as any other, and neither throws the other away."""
+@pytest.mark.parametrize("method", [RECYCLED, HIP])
+def test_each_kind_of_step_has_one_graph_and_both_are_replayed(method, recorded):
+    """Every sixth step reads all keys or searches: its graph comes after as many of its kind as any other, and neither throws the
+    other away."""
     model, ids = tiny("llama", num_hidden_layers=2), text(1, 90 + 60)
     sizes = []
-    got = decode(model, RECYCLED, ids, 90, use=lambda s: sizes.append(len(s.graphs.captured or ())))
-    assert close(got, decode(model, RECYCLED, ids, 90, graphs=False))
+    got = decode(model, method, ids, 90, use=lambda s: sizes.append(len(s.graphs.captured or ())))
+    assert close(got, decode(model, method, ids, 90, graphs=False))
     cheap, full = recorded
     assert sizes.index(1) == SETTLED and sizes.index(2) == 6 * (SETTLED + 1) - 1 and sizes[-1] == 2
     assert full.replays == 60 // 6 - SETTLED - 1
@@ -167,14 +170,15 @@ def test_each_kind_of_step_has_one_graph_and_both_are_replayed(recorded):
     assert full.pool() is cheap
 
 
-def test_what_a_replay_of_one_kind_leaves_the_other_reads(recorded):
+@pytest.mark.parametrize("method", [RECYCLED, HIP])
+def test_what_a_replay_of_one_kind_leaves_the_other_reads(method, recorded):
     """The stand-in really replays: marks made in a graph decide what is read. With another text all of it differs."""
     model, ids = tiny("llama", num_hidden_layers=2), text(1, 150)
     marks = []
-    look = lambda s: marks.append([r.plane("recycled").sum().item() for r in s.store.rows])
-    decode(model, RECYCLED, ids, 90, use=look)
+    look = lambda s: marks.append([r.plane(method.partition("(")[0]).nonzero().tolist() for r in s.store.rows])
+    decode(model, method, ids, 90, use=look)
     with_graphs, marks[:] = list(marks), []
-    decode(model, RECYCLED, ids, 90, use=look, graphs=False)
+    decode(model, method, ids, 90, use=look, graphs=False)
     assert with_graphs == marks
 
 
@@ -191,9 +195,20 @@ def test_sequences_due_at_different_steps_are_captured_too(method, recorded):
     assert len(recorded) == 3 and all(g.replays > 1 for g in recorded)
 
 
+@pytest.mark.parametrize("method", [HIP, "hip(budget=0.3, sink=2, recent=4, dense=0, refresh=3)"])
+def test_sequences_that_search_at_different_steps_share_two_graphs(method, recorded):
+    """A step in which any of them searches, and a step in which none does."""
+    model, ids = tiny("llama", num_hidden_layers=2), text(3, 90 + 50)
+    mask = torch.ones_like(ids)
+    mask[1, :1], mask[2, :7] = 0, 0
+    got = decode(model, method, ids, 90, mask)
+    assert close(got, decode(model, method, ids, 90, mask, graphs=False))
+    assert len(recorded) == 2 and all(g.replays > 1 for g in recorded)
+
+
 def test_what_paid_is_recorded_again_where_memory_moved(recorded, monkeypatch):
     """At once; what came no more than a few times is not recorded at all."""
-    monkeypatch.setattr(paged, "ROOM", 32)
+    monkeypatch.setattr(page_rows, "ROOM", 32)
     monkeypatch.setattr(graphs, "AHEAD", 8)
     model, ids, steps = tiny("llama", num_hidden_layers=1), text(1, 90 + 50), []
 

@@ -12,12 +12,12 @@ from models import tiny
 
 import foveal
 from foveal import graphs
-from foveal import store as store_module
+from foveal import rows as rows_module
 from foveal.heads import HeadRoles
 from foveal.hub import model_identity
 
 PROMPT, STEPS = 60, 6
-PAGES = store_module.Layout(paged=True)
+PAGES = rows_module.Layout(paged=True)
 NAMES = sorted(foveal.methods())
 COMPOSITIONS = ["quest(budget=16,page=4,skip=0)|h2o(budget=0.5)", "zero-tuning(gamma=3.0)|streaming-llm(budget=24)"]
 
@@ -167,7 +167,7 @@ def test_padded_is_solo(name, model, texts, roles, noise, example):
 @pytest.mark.parametrize("layout", ["padded", "by length"])
 def test_layouts_agree(name, layout, model, texts, roles, noise, example, monkeypatch):
     method, (expected, _) = build(name, "example", roles), example(name, 0, 1, 2)
-    monkeypatch.setattr(store_module, "length_class", (lambda n: 0) if layout == "padded" else (lambda n: n))
+    monkeypatch.setattr(rows_module, "length_class", (lambda n: 0) if layout == "padded" else (lambda n: n))
     assert close(run(model, method, texts)[0], expected, noise)
 
 

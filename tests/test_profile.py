@@ -41,8 +41,18 @@ def test_a_profile_puts_its_method_and_layout_on_its_model(model):
     other = tiny("llama", fresh=True)
     for weight in other.parameters():
         weight.data += 1
-    with pytest.raises(InputError, match=r"made for .*, but the model is .* \(weights differ\)"):
-        profile.attach(other)
+    for use in (profile.attach, profile.check):
+        with pytest.raises(InputError, match=r"made for .*, but the model is .* \(weights differ\)"):
+            use(other)
+
+
+def test_a_check_touches_nothing_and_does_not_mind_the_name(model):
+    here = model_identity(model)
+    before = model.config._attn_implementation
+    Profile(foveal.get_method("h2o", budget=0.5), here | {"name": "elsewhere/the-same"}).check(model)
+    assert model.config._attn_implementation == before
+    with pytest.raises(InputError, match=r"made for another model.*\(layers, heads differ\)"):
+        Profile(foveal.get_method("h2o", budget=0.5), {"layers": 99, "heads": 99}).check(model)
 
 
 @pytest.mark.parametrize(

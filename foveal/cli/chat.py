@@ -62,8 +62,7 @@ def chat(
     if not tokenizer.chat_template:
         raise InputError("this model has no chat template, so it cannot be talked to: use `foveal generate --plain`")
     if found is not None:
-        with found.attach(network):  # refuses a profile of another model
-            pass
+        found.check(network)
     layout = found.layout if found else None
     with Worker(network, tokenizer, method=keeper, layout=layout, memory=int(memory * 2**30)) as worker:
         Conversation(worker, tokenizer, sampling, system).run()

@@ -97,7 +97,7 @@ def compare(
     result.save_json(json_path)
     out.mkdir(parents=True, exist_ok=True)
     write_report(results, page)
-    console.print(rich_table(results))
+    console.print(rich_table(results, console.width))
     console.print(headline(results), highlight=False, markup=False)
     if result.meta["interrupted"]:
         errors.print(

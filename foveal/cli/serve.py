@@ -62,6 +62,10 @@ def serve(
     max_per_key: Annotated[int | None, typer.Option(help="Requests one key may have at once.", min=1)] = None,
     max_choices: Annotated[int, typer.Option(help="Answers one request may ask for: n times its prompts.", min=1)] = 8,
     deadline: Annotated[float, typer.Option(help="Seconds a request may take.")] = 600.0,
+    image_hosts: Annotated[
+        str | None,
+        typer.Option(help="Comma-separated hosts from which images are fetched by https; default: data: URLs alone."),
+    ] = None,
     ray: Annotated[
         bool, typer.Option("--ray", help="Deploy on Ray Serve, on the cluster of $RAY_ADDRESS or here.")
     ] = False,
@@ -106,10 +110,13 @@ def serve(
         device=device,
         dtype=dtype,
         tensor_parallel=tensor_parallel,
+        image_hosts=tuple(split_values(image_hosts, "image-hosts")),
     )
     plan.check()
     if replicas is not None and not ray:
         raise InputError("--replicas are Ray's: add --ray, or leave it out")
+    if image_hosts is not None and ray:
+        raise InputError("--image-hosts are for one server: images are not read with --ray, so leave one of them out")
     if ray:
         from ..serve.cluster import serve_on_ray
 

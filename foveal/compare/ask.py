@@ -16,7 +16,7 @@ from ..replay import Recording, can_replay, record
 from ..spec import written
 from ..tasks import Sample, Task
 from .drive import answer, follow
-from .measure import Memory, explain, hardware, now, out_of_memory
+from .measure import Clock, Memory, explain, hardware, now, out_of_memory
 
 TOGETHER = 10  # questions answered as one batch on a CPU
 # On a GPU launches and not sequences bound a step: so many questions, of so many tokens together.
@@ -38,11 +38,13 @@ class Answers:
 
 @dataclass(frozen=True)
 class Prediction:
-    """A text gone on with: nats of each target token, seconds of reading and of each step, bytes, share of keys read."""
+    """A text gone on with: nats of each target token, seconds of reading, of each step and of the attention in it (none on a GPU,
+    where steps are captured whole), bytes, share of keys read."""
 
     losses: list[float]
     prefill_s: float
     steps_s: list[float]
+    attention_s: list[float]
     peak_bytes: int
     held: tuple[int, int]
     read: float | None
@@ -237,14 +239,17 @@ class Asker:
         self, method: Method | None, sample: Sample, targets: Sequence[int], reading: Recording | None = None
     ) -> Prediction:
         """Read a context (or replay it, which tells no time of reading) and feed what follows token by token, one sequence alone."""
+        clock = Clock() if self.device.type == "cpu" else None
         with attach(self.model, method) as session, Memory(self.device) as memory:
+            if clock is not None:
+                session.clock = clock
             start = now(self.device)
             store = self._store(session, sample.context, reading)
             prefill = now(self.device) - start
             held = store.nbytes, store.dense_nbytes
-            losses, times = follow(self.model, store, [*sample.question, *targets], self.device)
+            losses, times, attending = follow(self.model, store, [*sample.question, *targets], self.device, clock)
             read = session.read_share
-        return Prediction(losses[len(sample.question) - 1 :], prefill, times, memory.peak, held, read)
+        return Prediction(losses[len(sample.question) - 1 :], prefill, times, attending, memory.peak, held, read)
 
     def say(self, store: Store, question: tuple[int, ...], most: int) -> list[int]:
         """The greedy answer from a cache, without its stop token unless that is all of it; the model is attached already."""

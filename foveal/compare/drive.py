@@ -9,7 +9,7 @@ import torch
 
 from ..cache import Store
 from ..errors import UnsupportedModel
-from .measure import now
+from .measure import Clock, now
 
 
 def answer(model, store: Store, questions: Sequence[Sequence[int]], most: int, stops: set[int]) -> list[list[int]]:
@@ -46,15 +46,20 @@ def answer(model, store: Store, questions: Sequence[Sequence[int]], most: int, s
     return [_until(row, stops) for row in rows]
 
 
-def follow(model, store: Store, tokens: Sequence[int], device: torch.device) -> tuple[list[float], list[float]]:
-    """Feed tokens one by one; nats of each next token given those before, and the seconds of each step."""
-    losses, times = [], []
+def follow(
+    model, store: Store, tokens: Sequence[int], device: torch.device, clock: Clock | None = None
+) -> tuple[list[float], list[float], list[float]]:
+    """Feed tokens one by one; nats of each next token given those before, seconds of each step, and of these what `clock` counted."""
+    losses, times, counted = [], [], []
     for token, target in pairwise(tokens):
+        before = None if clock is None else clock.seconds
         start = now(device)
         logits = model(torch.tensor([[token]], device=device), past_key_values=store).logits[0, -1]
         times.append(now(device) - start)
+        if clock is not None:
+            counted.append(clock.seconds - before)
         losses.append(-logits.float().log_softmax(-1)[target].item())
-    return losses, times
+    return losses, times, counted
 
 
 def _until(row: list[int], stops: set[int]) -> list[int]:

@@ -72,6 +72,25 @@ def now(device: torch.device) -> float:
     return time.perf_counter()
 
 
+class Clock:
+    """Seconds spent inside, added up over all times it was entered; a CPU's, where work is done when a call returns."""
+
+    def __init__(self):
+        self.seconds = 0.0
+        self._depth, self._start = 0, 0.0
+
+    def __enter__(self) -> Clock:
+        if not self._depth:  # what runs the model inside a hook is inside already
+            self._start = time.perf_counter()
+        self._depth += 1
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self._depth -= 1
+        if not self._depth:
+            self.seconds += time.perf_counter() - self._start
+
+
 def out_of_memory(error: BaseException) -> bool:
     """Whether an exception says that memory ran out; PyTorch raises a plain RuntimeError for it on a CPU."""
     told = any(words in str(error) for words in ("not enough memory", "can't allocate memory"))

@@ -26,6 +26,7 @@ class Record:
 
     kind: the task's; the score of "nll" is a perplexity. dense_score: dense's score on the same samples; gain: the mean of score
     minus dense's over these pairs, with its 95 % interval (kind "nll": in nats per token, so below zero is better).
+    attention_ms: milliseconds of a decode step that attention takes, all layers and all that the method does there; None on a GPU.
     grid: mean scores by "depth" in the document, or by "turn" of a conversation.
     """
 
@@ -50,6 +51,7 @@ class Record:
     peak_bytes: int | None = None
     prefill_s: float | None = None
     decode_tok_s: float | None = None
+    attention_ms: float | None = None
     status: str = "ok"
     error: str | None = None
     grid: list[dict] = field(default_factory=list)

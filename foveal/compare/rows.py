@@ -13,6 +13,7 @@ from foveal.errors import InputError
 
 BASELINE = "dense"
 PAIRED = ("dense_score", "gain")
+AT_LONGEST = ("kv_bytes", "attention_ms", "peak_bytes", "prefill_s", "decode_tok_s")
 
 
 @dataclass
@@ -35,7 +36,8 @@ class Row:
 
     `quality` is the mean over tasks of the score as a share of dense's (tasks weigh the same; for a lower-is-better task the share is
     dense / score; tasks in which dense scores nothing are left out). `kv_share` is resident KV bytes / dense KV bytes, `read_share` the
-    share of keys read a step. Memory in bytes, prefill in seconds, decode in tokens/s, these three at `speed_length` tokens.
+    share of keys read a step. Memory in bytes, prefill in seconds, decode in tokens/s, attention in milliseconds of a decode step and as a
+    share of dense's: these at `speed_length` tokens, and so are `kv_bytes`, the resident KV bytes.
     `done` of `planned` (task, length) cells finished; `problems` says why the others did not.
     """
 
@@ -50,7 +52,10 @@ class Row:
     quality_low: float | None = None
     quality_high: float | None = None
     kv_share: float | None = None
+    kv_bytes: float | None = None
     read_share: float | None = None
+    attention_ms: float | None = None
+    attention_share: float | None = None
     peak_bytes: float | None = None
     prefill_s: float | None = None
     decode_tok_s: float | None = None
@@ -72,7 +77,7 @@ def summary_rows(results: dict, length: int | None = None) -> list[Row]:
     independent ones (MOVER: the half-widths add in quadrature, each side by itself; Zou & Donner 2008). Shares of dense
     use only the lengths that both finished and divide by dense's point score; their intervals are those of the paired
     gains on dense, or, in results that hold none, of the method's own scores.
-    KV bytes are summed before dividing; peak, prefill and decode are medians at the run's longest length.
+    KV bytes are summed before dividing; bytes, attention, peak, prefill and decode are medians at the run's longest length.
     length: only the records of this many tokens; default all. Raises InputError where `results` is not of the format.
     """
     records = [r for r in checked_records(results) if length is None or r.get("length") == length]
@@ -139,10 +144,11 @@ def _row(group: list[dict], series: str, dense: list[dict], cells: set, longest:
     row.read_share = sum(reads) / len(reads) if reads else None
     at_longest = [r for r in ok if r.get("length") == longest]
     row.speed_length = longest
-    row.peak_bytes, row.prefill_s, row.decode_tok_s = (
-        median(values) if (values := _numbers(at_longest, name)) else None
-        for name in ("peak_bytes", "prefill_s", "decode_tok_s")
-    )
+    for name in AT_LONGEST:
+        setattr(row, name, _median(at_longest, name))
+    attending = _median([r for r in dense if r.get("length") == longest], "attention_ms")
+    if attending and row.attention_ms is not None:
+        row.attention_share = row.attention_ms / attending
     row.done = len({(r.get("task"), r.get("length")) for r in ok})
     row.problems = list(dict.fromkeys(_problem(r) for r in group if not _finished(r)))
     return row
@@ -280,6 +286,11 @@ def _number(value: object) -> float | None:
 
 def _numbers(records: list[dict], name: str) -> list[float]:
     return [v for r in records if (v := _number(r.get(name))) is not None]
+
+
+def _median(records: list[dict], name: str) -> float | None:
+    values = _numbers(records, name)
+    return median(values) if values else None
 
 
 def _ratio(records: list[dict], top: str, bottom: str) -> float | None:

@@ -32,9 +32,12 @@ from .journal import Answer, Journal, conditions, task_key
 from .measure import explain, hardware
 from .plan import BUDGETS, LENGTHS, METHODS, SAMPLES, Config, configurations, default_tasks
 from .records import Comparison, Record, filled
+from .words import ATTENTION, NO_ATTENTION
 
 PARTS = 4  # pieces of work for each worker, at least, so that none rests long before the end
-ABREAST = 6  # configurations of a piece for one of several workers, at most: what a run that is stopped loses is little
+ABREAST = (
+    16  # configurations of a piece for one of several workers, at most: what a run that is stopped loses is little
+)
 
 
 def compare(
@@ -150,8 +153,9 @@ class _Run:
             "notes": [
                 "Questions are asked after compression.",
                 "Bytes are of allocated cache tensors after the prompt was read, token ids and statistics included.",
-                "Prefill, decode, peak memory and next tokens are of one sequence alone at the longest length; on a shared "
+                "Attention, prefill, decode, peak memory and next tokens are of one sequence alone at the longest length; on a shared "
                 "machine compare ratios only.",
+                ATTENTION if self.model.device.type == "cpu" else NO_ATTENTION,
                 "Where answers are generated n counts questions (95 % Wilson interval where each is right or wrong, else 95 % "
                 "bootstrap interval), for perplexities the predicted tokens that count (95 % bootstrap interval).",
                 "Shares of dense carry 95 % paired bootstrap intervals: both answered the same samples.",
@@ -299,7 +303,8 @@ class _Run:
             if known := self.journal.get(written(c.method), self._speed, sample):
                 for task in self.tasks:
                     r = self._record(c, task.name, self.longest)
-                    r.prefill_s, r.decode_tok_s, r.peak_bytes = known.scores
+                    # journals of old say nothing of attention
+                    r.prefill_s, r.decode_tok_s, r.peak_bytes, r.attention_ms = (*known.scores, None)[:4]
 
     def _undisturbed(self, hands: Crew) -> int:
         """Workers that may measure at once without taking time from each other: those that have a GPU each, or one."""
@@ -329,8 +334,10 @@ class _Run:
         ]
         self._keep(c, answers)
         stepping = [s for got in found for s in got.steps_s[1:]]
+        attending = [1e3 * s for got in found for s in got.attention_s[1:]]
         pace = 1 / _median(stepping) if stepping else None  # one token alone tells no speed
-        speed = [_median([got.prefill_s for got in found]), pace, max(got.peak_bytes for got in found)]
+        prefill, peak = _median([got.prefill_s for got in found]), max(got.peak_bytes for got in found)
+        speed = [prefill, pace, peak, _median(attending) if attending else None]
         self.journal.add(written(c.method), self._speed, [(cells[0][1], Answer(speed, found[0].held))])
 
     # ------------------------------------------------------------------ keeping records

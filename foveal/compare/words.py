@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+ATTENTION = "Attention is its part of a decode step, over all layers: storing keys, choosing them, attending, letting go; a median."
+NO_ATTENTION = "Attention is timed apart on a CPU only: on a GPU a decode step is one captured graph."
+
 
 def percent(share: float | None) -> str:
     """A share as text, with a decimal only below ten percent (0.25 -> '25%', 0.031 -> '3.1%')."""

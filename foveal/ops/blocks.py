@@ -96,7 +96,8 @@ def attend_band_by_blocks(
     on_hopper = _gluon_misfit(q, 128, 128) is None
     every = all(s + r >= total for s, r in zip(sink, recent, strict=True))
     cut = (tuple([0] * heads), tuple([total] * heads)) if every else (tuple(sink), tuple(recent))
-    lists, bounds = (_whole if every else _band)(q.shape[2], total, *cut, heads, q.shape[0], q.device)
+    kept = _short if q.shape[2] * total <= _SHORT else _whole if every else _band
+    lists, bounds = kept(q.shape[2], total, *cut, heads, q.shape[0], q.device)
     bounds = () if every else bounds
     how = {"gluon": on_hopper, "bias": bias, "mass": mass}
     out, lse, entropy = _by_kernel(q, k, v, lists, scale, None, need_entropy, *bounds, **how)
@@ -113,6 +114,8 @@ def _band_lists(length, total, sink, recent, heads, batch, device) -> tuple[Bloc
 
 
 _band, _whole = lru_cache(maxsize=4)(_band_lists), lru_cache(maxsize=1)(_band_lists)
+# Those of a batch whose sequences are read one after the other in every layer, where they are small.
+_SHORT, _short = 1 << 23, lru_cache(maxsize=128)(_band_lists)
 
 
 # ---------------------------------------------------------------------- routes and checks

@@ -33,6 +33,10 @@ from foveal.ops.route import Route, hopper, no_kernel, routed
 
 # A hidden logit is finite, so that a row of hidden keys stays free of NaN and can be told by its log-sum-exp.
 HIDDEN = -1e30
+_FEW, _SMALL = (
+    128,
+    1 << 17,
+)  # queries, and keys times heads, below which a mask and spread keys cost less than block lists
 _LONG = 4096  # queries from which the block kernel beats PyTorch's choice on a Hopper
 _TILE_NUMBERS = 1 << 20  # logits of one tile on a CPU: a few MB, so that it stays in the cache between passes
 
@@ -104,6 +108,8 @@ def _route(q, k, v, *, scale, softcap=None, sinks=None, bias=None, mass=None, ne
     from .blocks import kernel_misfit
 
     why = kernel_misfit(q, k, v, scale=scale, softcap=softcap, bias=bias, mass=mass)
+    if plain and not need_lse and 1 < q.shape[2] <= _FEW and q.shape[1] * k.shape[2] <= _SMALL:
+        return Route("sdpa", "few queries over a short past: the block kernel's lists take longer than the work")
     more = need_lse or not whole or bias is not None or mass is not None
     if why is None and (more or (hopper(q) and q.shape[2] >= _LONG)) and q.shape[2] > 1:
         return Route(
@@ -368,8 +374,8 @@ def _fused_plain(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
     if 1 < length < total:
         see = torch.ones(length, total, dtype=torch.bool, device=q.device).tril(total - length)
     grouped = q.shape[1] != k.shape[1]
-    if grouped and q.is_cuda and q.dtype not in (torch.float16, torch.bfloat16):
-        # only the half-precision kernels know groups; others would fall back to one that holds all the logits
+    if grouped and q.is_cuda and (see is not None or q.dtype not in (torch.float16, torch.bfloat16)):
+        # only the half-precision kernels know groups, and none of them a mask; others would fall back to one that holds all the logits
         k, v, grouped = spread(k, q.shape[1]), spread(v, q.shape[1]), False
     return F.scaled_dot_product_attention(
         q, k, v, attn_mask=see, is_causal=length == total, scale=scale, enable_gqa=grouped

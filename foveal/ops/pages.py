@@ -53,6 +53,16 @@ class Pages:
         page = self.table.gather(1, (slots // self.size).long())
         return page.long() * self.size + slots % self.size
 
+    def read(self, name: str, dtype: torch.dtype) -> Tensor:
+        """Keys or values of all slots up to the bound as numbers: [rows, bound, head_dim]."""
+        if self.recent is not None:
+            return self.gather(name, torch.arange(self.bound, device=self.key.device).expand(self.rows, -1), dtype)
+        pages = self.table[:, : -(-self.bound // self.size)]
+        parts = (name,) if self.format is None else (name, name + "_scale")
+        x, *scale = (_take(getattr(self, part), pages.flatten(), whole=True) for part in parts)
+        x = x.to(dtype) if self.format is None else decode(x, *scale, self.format, dtype)
+        return x.view(self.rows, -1, x.shape[-1])[:, : self.bound]
+
     def gather(self, name: str, slots: Tensor, dtype: torch.dtype) -> Tensor:
         """Keys or values at slots [rows, m] as numbers: [rows, m, head_dim]."""
         at = self.at(slots).flatten()
@@ -66,8 +76,9 @@ class Pages:
         return x if self.recent is None else self.recent.over(name, slots, x)
 
 
-def _take(pool: Tensor, at: Tensor) -> Tensor:
-    flat = pool.flatten(0, 1)
+def _take(pool: Tensor, at: Tensor, whole: bool = False) -> Tensor:
+    """What lies there, `at` numbering keys, or pages where they are taken `whole`."""
+    flat = pool if whole else pool.flatten(0, 1)
     if flat.dtype == torch.float8_e4m3fn:  # not every device indexes it
         return flat.view(torch.uint8).index_select(0, at).view(flat.dtype)
     return flat.index_select(0, at)

@@ -14,12 +14,14 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
-from ..errors import InputError
+from .fetch import Fetcher, files_of
+from .images import Place, Room, Viewer, check_places, places
 from .limits import Limits
 from .metrics import Metrics
 from .prompt import Prompts
-from .request import Event, Full, NotAllowed, Request, Sampling, Stream, TooLong, Unavailable, Usage
-from .schema import ApiError, ChatRequest, Common, CompletionRequest, parse_body
+from .request import Event, Request, Sampling, Stream, Usage
+from .schema import ApiError, ChatRequest, Common, CompletionRequest, as_api_error, parse_body
+from .sight import Pictures
 from .worker import Worker
 
 _LOWEST = -9999.0  # JSON has no infinity: what OpenAI writes for a probability of nought
@@ -50,7 +52,8 @@ class Choice:
 
 
 class Api:
-    """Turns request bodies into jobs. `name` is the one model served; requests for another are 404. max_waiting: bodies read at once."""
+    """Turns request bodies into jobs. `name` is the one model served; requests for another are 404. max_waiting: bodies read at once.
+    fetcher: of images that a request names by an https URL (None: `data:` URLs alone)."""
 
     def __init__(
         self,
@@ -61,14 +64,24 @@ class Api:
         limits: Limits,
         metrics: Metrics,
         max_waiting: int,
+        fetcher: Fetcher | None = None,
     ):
         self.worker, self.tokenizer, self.name, self.limits, self.metrics = worker, tokenizer, name, limits, metrics
         self.max_waiting = max_waiting
-        self.prompts = Prompts(tokenizer, limits.render_time)
+        self.room, self.fetcher = Room(limits.images.memory), fetcher
+        sight = getattr(worker, "sight", None)  # a cluster's workers are elsewhere, and have none
+        self.viewer = None if sight is None else Viewer(sight, limits.images, self.room)
+        self.prompts = Prompts(tokenizer, limits.render_time, self.viewer)
         self.fingerprint = "fv_" + uuid.uuid5(uuid.NAMESPACE_OID, f"{name} {worker.methods.get('default')}").hex[:12]
         self._readers = ThreadPoolExecutor(2, thread_name_prefix="prompt")
         self._submitters = ThreadPoolExecutor(64, thread_name_prefix="submit")  # on a cluster submitting waits
+        self._viewers = ThreadPoolExecutor(1, thread_name_prefix="images")  # one request's at a time, and texts go on
         self._reading = 0
+
+    def longest_body(self, kind: type[Common]) -> int:
+        """Bytes that a body may have."""
+        sees = kind is ChatRequest and self.viewer is not None
+        return self.limits.body + (self.limits.images.body if sees else 0)
 
     async def chat(self, body: bytes, key: str) -> Job:
         """A job for `POST /v1/chat/completions`."""
@@ -85,12 +98,21 @@ class Api:
         loop = asyncio.get_running_loop()
         self._reading += 1
         try:
-            request, prompts = await loop.run_in_executor(self._readers, self._read, body, kind)
+            request, prompts, found = await loop.run_in_executor(self._readers, self._read, body, kind)
+            pictures = None
+            if found:
+                with self.room.lent(sum(place.is_remote for place in found) * self.limits.images.nbytes):
+                    files = await files_of(found, self.limits.images, self.fetcher, self._viewers)
+                    seen = loop.run_in_executor(self._viewers, self.prompts.seen, request, found, files)
+                    ids, pictures = await seen
+                prompts = [ids]
+                request.messages.clear()  # megabytes of base64, which nobody looks at again
         finally:
             self._reading -= 1
-        return await loop.run_in_executor(self._submitters, self._submit, request, prompts, key)
+        return await loop.run_in_executor(self._submitters, self._submit, request, prompts, pictures, key)
 
-    def _read(self, body: bytes, kind: type[Common]) -> tuple[Common, list[list[int]]]:
+    def _read(self, body: bytes, kind: type[Common]) -> tuple[Common, list[list[int]], list[Place]]:
+        """The request, its prompts, and where it has images: with any, its prompt is not made yet."""
         request = parse_body(body, kind)
         if request.model not in (None, self.name):
             message = f"the model '{request.model[:80]}' is not served here: GET /v1/models lists what is"
@@ -102,12 +124,16 @@ class Api:
             message = f"{wanted} choices are asked for, at most {self.limits.choices} are served at once"
             raise ApiError(400, message, param="n", code="invalid_value")
         if isinstance(request, CompletionRequest):
-            return request, self.prompts.completion(request)
+            return request, self.prompts.completion(request), []
         if request.top_logprobs is not None and not request.logprobs:
             raise ApiError(400, "'top_logprobs' needs logprobs = true", param="top_logprobs", code="invalid_value")
-        return request, [self.prompts.chat(request)]
+        found = places(request)
+        if found:
+            check_places(found, request, self.limits.images, self.viewer is not None)
+            return request, [], found
+        return request, [self.prompts.chat(request)], []
 
-    def _submit(self, request: Common, prompts: list[list[int]], key: str) -> Job:
+    def _submit(self, request: Common, prompts: list[list[int]], pictures: Pictures | None, key: str) -> Job:
         chat = isinstance(request, ChatRequest)
         job = Job(self, request, ("chatcmpl-" if chat else "cmpl-") + uuid.uuid4().hex)
         seconds = min(request.foveal.deadline or self.limits.deadline, self.limits.deadline)
@@ -124,10 +150,14 @@ class Api:
                     key=key,
                     deadline=deadline,
                 )
-                job.choices.append(Choice(index, which, self.worker.submit(one)))
+                shown = () if pictures is None else (pictures,)
+                job.choices.append(Choice(index, which, self.worker.submit(one, *shown)))
         except Exception as error:
             job.cancel()  # the choices before this one
-            raise _as_api_error(error, "messages" if chat else "prompt") from error
+            raise as_api_error(error, "messages" if chat else "prompt") from error
+        finally:
+            if pictures is not None:  # those who use them have joined
+                pictures.leave()
         return job
 
     def _sampling(self, request: Common, copy: int) -> Sampling:
@@ -367,18 +397,3 @@ def _unfinished(finish: str | None) -> ApiError:
             504, "the request took longer than its deadline: ask for fewer tokens", code="deadline_exceeded"
         )
     return ApiError(503, "the request was cancelled: the server is stopping", code="cancelled", retry_after=1)
-
-
-def _as_api_error(error: Exception, prompt: str) -> Exception:
-    """What the worker says about a request it does not take, in HTTP's terms; `prompt` is the field that holds it."""
-    if isinstance(error, TooLong):
-        return ApiError(400, str(error), param=prompt, code="context_length_exceeded")
-    if isinstance(error, NotAllowed):
-        return ApiError(400, str(error), param="foveal", code="not_allowed")
-    if isinstance(error, Full):
-        return ApiError(429, str(error), code="queue_full", retry_after=error.retry_after)
-    if isinstance(error, Unavailable):
-        return ApiError(503, "the engine takes no requests at the moment", code="unavailable", retry_after=1)
-    if isinstance(error, InputError):
-        return ApiError(400, str(error), code="invalid_value")
-    return error

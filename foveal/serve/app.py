@@ -23,14 +23,16 @@ from transformers import PreTrainedTokenizerBase
 from .. import __version__
 from .api import Api, Job
 from .engine import where
+from .fetch import Fetcher
 from .keys import Keys
-from .limits import Guard, Limits, read_body
+from .limits import Guard, Limits, announced_length, read_body
 from .metrics import Metrics
-from .schema import ApiError, ChatRequest, CompletionRequest
+from .schema import ApiError, ChatRequest, Common, CompletionRequest
 from .worker import Worker
 
 log = logging.getLogger("foveal.serve")
 _REQUEST_ID = re.compile(r"[A-Za-z0-9._-]{1,64}")
+_COPIES = 3  # of a large body in memory at once: as it came, as text, and the files in it
 LEFT = 499  # nginx's word for a client that closed the connection before its answer
 _NOT_FOUND = "there is no such route here: see /openapi.json"
 
@@ -50,11 +52,20 @@ class Service:
         max_waiting: int = 64,
         open_metrics: bool = False,
         details: dict[str, Any] | None = None,
+        fetcher: Fetcher | None = None,
     ):
         self.worker, self.name, self.details = worker, name, details or {}
         self.keys, self.guard, self.limits = keys or Keys(), guard or Guard("127.0.0.1"), limits or Limits()
         self.metrics = Metrics(worker.stats)
-        self.api = Api(worker, tokenizer, name=name, limits=self.limits, metrics=self.metrics, max_waiting=max_waiting)
+        self.api = Api(
+            worker,
+            tokenizer,
+            name=name,
+            limits=self.limits,
+            metrics=self.metrics,
+            max_waiting=max_waiting,
+            fetcher=fetcher,
+        )
         self.public = {"/health", "/metrics"} if open_metrics else {"/health"}
         self.draining = False
         self.created = int(time.time())
@@ -130,28 +141,32 @@ def build_app(service: Service):
     @app.post("/v1/chat/completions", openapi_extra=_body("ChatRequest"))
     async def chat(request: Request) -> Response:
         """Answer a conversation, in one piece or as server-sent events."""
-        return await _generate(service, request, service.api.chat)
+        return await _generate(service, request, service.api.chat, ChatRequest)
 
     @app.post("/v1/completions", openapi_extra=_body("CompletionRequest"))
     async def completions(request: Request) -> Response:
         """Continue texts, in one piece or as server-sent events."""
-        return await _generate(service, request, service.api.completion)
+        return await _generate(service, request, service.api.completion, CompletionRequest)
 
     return Gate(app, service)
 
 
-async def _generate(service: Service, request: Request, make) -> Response:
-    kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
-    if kind != "application/json":
+async def _generate(service: Service, request: Request, make, kind: type[Common]) -> Response:
+    media = request.headers.get("content-type", "").partition(";")[0].strip().lower()
+    if media != "application/json":
         raise ApiError(400, "expected the header Content-Type: application/json", code="invalid_content_type")
     limits = service.limits
-    try:
-        body = await asyncio.wait_for(read_body(request.scope, request.receive, limits.body), limits.body_time)
-    except TimeoutError:
-        raise ApiError(408, "the body did not arrive in time", code="body_timeout") from None
-    except ConnectionError:
-        return Left()
-    job = await make(body, request.scope["state"]["key"])
+    length, longest = announced_length(request.scope), service.api.longest_body(kind)
+    large = limits.body < length <= longest
+    with service.api.room.lent(_COPIES * length if large else 0):
+        try:
+            most = longest if large else limits.body
+            body = await asyncio.wait_for(read_body(request.scope, request.receive, most), limits.body_time)
+        except TimeoutError:
+            raise ApiError(408, "the body did not arrive in time", code="body_timeout") from None
+        except ConnectionError:
+            return Left()
+        job = await make(body, request.scope["state"]["key"])
     request.scope["state"]["job"] = job
     return Reply(job, limits)
 

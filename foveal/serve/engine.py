@@ -36,6 +36,7 @@ from .reader import Reader
 from .request import Event, Finish, Request, Stats, Stream, Usage
 from .sampling import Choice, Chooser, choose
 from .scheduler import Live, Scheduler
+from .sight import Pictures, try_methods
 from .text import Text
 
 log = logging.getLogger(__name__)
@@ -69,6 +70,7 @@ class Engine:
         layout: Layout | None = None,
         prefix: bool = True,
         ranks: Alone | First | Other | None = None,
+        sees: bool = False,
     ):
         self.model, self.tokenizer, self.device = model, tokenizer, model.device
         self.ranks = ranks or Alone()
@@ -81,6 +83,8 @@ class Engine:
                 self.session.use(m)  # sets it up: what it needs and the model lacks is said now
             self.schedule = Scheduler(memory, max_running)
             self.gate = Gate(self.session, self.menu, self.schedule.usable, context)
+            if sees:
+                try_methods(self.session, self.menu)
         except Exception:
             self.session.close()
             raise
@@ -98,12 +102,13 @@ class Engine:
 
     # ------------------------------------------------------------------ requests come
 
-    def make(self, request: Request, stream: Stream) -> Live:
-        """A request that `gate` lets through, ready for `schedule.add`. From any thread."""
+    def make(self, request: Request, stream: Stream, pictures: Pictures | None = None) -> Live:
+        """A request that `gate` lets through, ready for `schedule.add`; pictures: what its prompt shows. From any thread."""
         method, most = self.gate.check(request)
         text = Text(self._decode_text, request.sampling.stop)
         size = token_bytes(self.session, method)
-        return Live(request, stream, method, written(method), most, size, text, Chooser(request.sampling))
+        chooser = Chooser(request.sampling)
+        return Live(request, stream, method, written(method), most, size, text, chooser, pictures=pictures)
 
     def add(self, live: Live) -> None:
         """Queue it."""

@@ -14,15 +14,17 @@ from prometheus_client import disable_created_metrics
 
 from ..default_model import default_folder
 from ..errors import InputError, ModelFileError
-from ..hub import DEFAULT_MODEL, check_files, explained, load, load_tokenizer
+from ..hub import DEFAULT_MODEL, check_files, explained, load, load_processor, load_tokenizer, reads_images
 from ..method import Budget
 from ..profile import Profile, chosen, load_profile
 from ..spec import written
 from .app import Service
+from .fetch import Fetcher
 from .keys import Keys
 from .limits import Guard, Limits, is_loopback
 from .menu import DEFAULT, Menu
 from .run import HttpServer, end_with, log_to_stderr
+from .sight import Sight
 from .together import start
 from .worker import Worker
 
@@ -58,6 +60,7 @@ class Plan:
     device: str | None = None
     dtype: str | None = None
     tensor_parallel: int = 1
+    image_hosts: tuple[str, ...] = ()
 
     @property
     def authority(self) -> str:
@@ -103,6 +106,7 @@ class Plan:
         for option, value in (("--memory", self.memory), ("--deadline", self.deadline)):
             if not math.isfinite(value) or value <= 0:
                 raise InputError(f"{option} {value}: expected a number above 0")
+        self.fetcher()  # refuses hosts that are none
         if self.context is not None and self.context < 2:
             raise InputError(f"--context {self.context}: expected at least 2 tokens, one to read and one to write")
         if not self.keys and not self.without_key and not is_loopback(self.host):
@@ -112,6 +116,10 @@ class Plan:
         if self.model is not None and Path(self.model).expanduser().is_dir():
             check_files(self.model)
         return profile
+
+    def fetcher(self) -> Fetcher | None:
+        """Of images from the hosts named here."""
+        return Fetcher(self.image_hosts) if self.image_hosts else None
 
     def worker(self):
         """Load the model and start an engine: `(worker, tokenizer)`. Raises InputError for a profile of another model, or
@@ -127,16 +135,26 @@ class Plan:
             "context": self.context,
         }
         where = {"device": self.device, "dtype": self.dtype}
+        sees = _reads_images(source)
+        if self.image_hosts and not sees:
+            raise InputError("--image-hosts are for a model that reads images: leave them out")
         if self.tensor_parallel > 1:
+            if sees:
+                raise InputError(
+                    "--tensor-parallel cannot hold a model that reads images: leave it out, so that one process holds the model"
+                )
             return start(
                 source, self.tensor_parallel, profile=profile, method=method, budget=budget, **where, **settings
             )
         model, tokenizer = load(source, **where)
         if profile is not None:
-            with profile.attach(model):  # refuses another model
-                method = written(profile.method)
-        layout = profile.layout if profile else None
-        return Worker(model, tokenizer, method=method, budget=budget, layout=layout, **settings), tokenizer
+            profile.check(model)
+            method = written(profile.method)
+        layout, sight = profile.layout if profile else None, None
+        if sees:
+            sight = Sight(model, load_processor(source))
+        worker = Worker(model, tokenizer, method=method, budget=budget, layout=layout, sight=sight, **settings)
+        return worker, tokenizer
 
     def replica(self):
         """As `worker`, for a process that others stand in for: it ends at once when another one that holds the model with it is lost."""
@@ -163,7 +181,8 @@ class Plan:
             limits=self.limits,
             max_waiting=self.max_waiting,
             open_metrics=self.open_metrics,
-            details={"budgets": list(self.budgets)},
+            details={"budgets": list(self.budgets), "images": getattr(worker, "sight", None) is not None},
+            fetcher=self.fetcher(),
         )
 
     def serve(self, listener: socket.socket, say: Callable[[str], None]) -> None:
@@ -182,6 +201,13 @@ class Plan:
             )
 
         asyncio.run(server.run_on(listener, ready))
+
+
+def _reads_images(source: str | None) -> bool:
+    try:
+        return source not in (None, DEFAULT_MODEL) and reads_images(source)
+    except (OSError, ValueError) as error:
+        raise explained(str(source), error, local=True) from error
 
 
 def safe_source(model: str | None) -> str | None:

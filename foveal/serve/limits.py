@@ -5,13 +5,14 @@ from __future__ import annotations
 import ipaddress
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 from urllib.parse import urlsplit
 
 import h11
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
+from .images import ImageLimits
 from .schema import ApiError
 
 
@@ -31,6 +32,7 @@ class Limits:
     render_time: float = 2.0
     choices: int = 8
     default_tokens: int = 1024  # of a chat answer whose request names no length
+    images: ImageLimits = field(default_factory=ImageLimits)
 
 
 class Guard:
@@ -135,6 +137,12 @@ def _plain(status: int, message: str, more: str = "") -> bytes:
     phrase = {400: "Bad Request", 503: "Service Unavailable"}[status]
     head = f"HTTP/1.1 {status} {phrase}\r\ncontent-type: application/json\r\n{more}content-length: {len(body)}\r\nconnection: close\r\n\r\n"
     return head.encode() + body
+
+
+def announced_length(scope: dict[str, Any]) -> int:
+    """Bytes of the body by its Content-Length; 0 without one, or where it is no number."""
+    text = dict(scope["headers"]).get(b"content-length", b"0")
+    return int(text[:20]) if text.isdigit() else 0
 
 
 async def read_body(scope: dict[str, Any], receive, limit: int) -> bytes:

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import sys
 import time
+from collections.abc import Sequence
 from contextlib import suppress
 from typing import Any
 
 from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
 
+from .images import Place, Viewer
 from .schema import ApiError, ChatRequest, CompletionRequest
+from .sight import Pictures
 
 _TEMPLATE_ERRORS = (TemplateError, ArithmeticError, LookupError, TypeError, ValueError)
 
@@ -18,24 +21,40 @@ _TEMPLATE_ERRORS = (TemplateError, ArithmeticError, LookupError, TypeError, Valu
 class Prompts:
     """Makes token ids of requests. Templates come from the model alone, and transformers renders them in Jinja's sandbox.
 
-    seconds: how long a template may render before its request is refused.
+    seconds: how long a template may render before its request is refused. viewer: of a model that reads images.
     """
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, seconds: float = 2.0):
-        self.tokenizer, self.seconds = tokenizer, seconds
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, seconds: float = 2.0, viewer: Viewer | None = None):
+        self.tokenizer, self.seconds, self.viewer = tokenizer, seconds, viewer
         self.vocabulary = len(tokenizer)
-        if tokenizer.chat_template:  # compiled once, and not within any request's time
+        if viewer is None and tokenizer.chat_template:  # compiled once, and not within any request's time
             with suppress(*_TEMPLATE_ERRORS):
                 self._render([{"role": "user", "content": "hello"}], {})
 
     def chat(self, request: ChatRequest) -> list[int]:
         """The conversation as the model expects it, ready for the assistant's turn. ApiError 400 where it does not fit."""
-        if not self.tokenizer.chat_template:
+        text = self._text(request)
+        if self.viewer is None:
+            return self._encode(text, special=False)
+        return self.viewer.sight.prepare(text, [])["input_ids"][0].tolist()
+
+    def seen(self, request: ChatRequest, found: Sequence[Place], files: Sequence[bytes]) -> tuple[list[int], Pictures]:
+        """As `chat`, for a conversation with images, which stand `found` and have these files."""
+        return self.viewer(self._text(request), found, files)
+
+    def _text(self, request: ChatRequest) -> str:
+        if self.viewer is None and not self.tokenizer.chat_template:
             raise ApiError(400, "this model has no chat template: use /v1/completions", code="no_chat_template")
+        if self.viewer is not None and any(self.viewer.sight.mark in m.text for m in request.messages):
+            message = f"the text has '{self.viewer.sight.mark}', which stands for an image in this model: leave it out"
+            raise ApiError(400, message, param="messages", code="invalid_value")
         roles = {"developer": "system"}
-        messages = [{"role": roles.get(m.role, m.role), "content": m.text} for m in request.messages]
+        messages = [
+            {"role": roles.get(m.role, m.role), "content": m.text if self.viewer is None else m.parts}
+            for m in request.messages
+        ]
         try:
-            text = _within(self.seconds, self._render, messages, request.chat_template_kwargs or {})
+            return _within(self.seconds, self._render, messages, request.chat_template_kwargs or {})
         except _TEMPLATE_ERRORS as error:
             reason = str(error).splitlines()[0][:200] if str(error) else type(error).__name__
             raise ApiError(
@@ -48,7 +67,6 @@ class Prompts:
             raise ApiError(
                 400, "the model's chat template took too long over these messages", param="messages"
             ) from None
-        return self._encode(text, special=False)
 
     def completion(self, request: CompletionRequest) -> list[list[int]]:
         """The prompts' ids. Raises ApiError 400 for ids the model does not have."""
@@ -65,7 +83,9 @@ class Prompts:
             found.append(ids)
         return found
 
-    def _render(self, messages: list[dict[str, str]], options: dict[str, Any]) -> str:
+    def _render(self, messages: list[dict[str, Any]], options: dict[str, Any]) -> str:
+        if self.viewer is not None:
+            return self.viewer.sight.render(messages, **options)
         return self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True, **options)
 
     def _encode(self, text: str, special: bool) -> list[int]:

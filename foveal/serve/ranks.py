@@ -1,7 +1,7 @@
 """The processes that hold one model together, and the few words a step between them: rank 0 serves, the others do as it does.
 
-torch.distributed adds up what they compute (gloo on a CPU, NCCL on GPUs). What they decide by goes over pairs of local sockets. A rank
-that is lost takes the whole with it: half a model cannot be repaired, only started anew.
+torch.distributed adds up what they compute (gloo on a CPU, NCCL on GPUs). What they decide by goes over pairs of local sockets, as JSON
+(`wire.py`). A rank that is lost takes the whole with it: half a model cannot be repaired, only started anew.
 """
 
 from __future__ import annotations
@@ -17,19 +17,18 @@ import tempfile
 import threading
 from collections.abc import Callable
 from contextlib import suppress
-from dataclasses import dataclass
 from datetime import timedelta
-from multiprocessing.connection import Connection
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 import torch.distributed as dist
 
 from ..errors import FovealError, InputError
+from .sampling import Choice
+from .wire import ALL_BROUGHT, BROUGHT, CHOSEN, ORDER, Brought, Failed, Form, Garbled, Wire
 
 log = logging.getLogger("foveal.serve")
-T = TypeVar("T")
 _PATIENCE = 10.0  # seconds that the others have to end
 _STUCK = timedelta(minutes=10)  # that a rank waits for another one which is alive
 # What such a process runs; it holds nothing that an interpreter would have to clear away, which takes seconds.
@@ -44,11 +43,11 @@ class Alone:
     def tell(self, *message: Any) -> None:
         """From rank 0 to all others."""
 
-    def same(self, make: Callable[[], T]) -> T:
+    def same(self, make: Callable[[], list[Choice]]) -> list[Choice]:
         """What `make` returns on rank 0, on every rank."""
         return make()
 
-    def gather(self, mine: T) -> list[T]:
+    def gather(self, mine: Brought) -> list[Brought]:
         """What each rank brings, on every rank."""
         return [mine]
 
@@ -63,13 +62,6 @@ class Alone:
         """Leave the group; rank 0 ends the others, gently where they wait for a word."""
 
 
-@dataclass(frozen=True)
-class Failed:
-    """What a rank says last when it cannot start."""
-
-    sentence: str
-
-
 class First(Alone):
     """Rank 0 of several, which starts the others. `on_lost` hears which one is gone, and how, in another thread, before anybody does."""
 
@@ -81,7 +73,7 @@ class First(Alone):
         self._closing = False
         self._folder = tempfile.TemporaryDirectory(prefix="foveal-ranks-")
         self._lifeline = os.pipe()
-        self._links: list[Connection] = []
+        self._links: list[Wire] = []
         self._others: list[subprocess.Popen] = []
         for rank in range(1, count):
             self._start(rank)
@@ -92,7 +84,7 @@ class First(Alone):
             numbers = (its.fileno(), self._lifeline[0])
             command = [sys.executable, "-c", _FOLLOW, *map(str, (rank, self.count, *numbers)), self._folder.name]
             self._others.append(subprocess.Popen(command, pass_fds=numbers, stdin=subprocess.DEVNULL))
-        self._links.append(Connection(mine.detach()))
+        self._links.append(Wire(mine.detach()))
         threading.Thread(target=self._watch, args=(rank,), name=f"foveal-rank-{rank}", daemon=True).start()
 
     def meet(self, device: str) -> None:
@@ -101,19 +93,22 @@ class First(Alone):
 
     def tell(self, *message: Any) -> None:
         """To all others."""
-        for link in self._links:
-            link.send(message)
+        self._say(message)
 
-    def same(self, make: Callable[[], T]) -> T:
+    def _say(self, message: Any) -> None:
+        for link in self._links:
+            link.say(message)
+
+    def same(self, make: Callable[[], list[Choice]]) -> list[Choice]:
         """What `make` returns here."""
         made = make()
-        self.tell(made)
+        self._say(made)
         return made
 
-    def gather(self, mine: T) -> list[T]:
+    def gather(self, mine: Brought) -> list[Brought]:
         """Raises InputError with what a rank said that could not start."""
         found = [mine, *map(_heard, self._links)]
-        self.tell(found)
+        self._say(found)
         return found
 
     def explained(self, error: Exception) -> Exception:
@@ -122,11 +117,11 @@ class First(Alone):
             return error
         for link in self._links:
             try:
-                while link.poll(0.5):
+                while link.waits(0.5):
                     _heard(link)
             except InputError as said:
                 return said
-            except (EOFError, OSError):
+            except (EOFError, OSError, Garbled):
                 continue
         fate = self.fate()
         return error if fate is None else RuntimeError(f"{fate} before the model was loaded")
@@ -179,7 +174,7 @@ class Other(Alone):
 
     def __init__(self, rank: int, count: int, link: int, lifeline: int, folder: str):
         self.rank, self.count, self._folder = rank, count, folder
-        self._link = Connection(link)
+        self._link = Wire(link)
         for number in (signal.SIGINT, signal.SIGTERM):  # those to stop are for rank 0, which tells the others in time
             signal.signal(number, signal.SIG_IGN)
         threading.Thread(target=self._end_with, args=(lifeline,), name="lifeline", daemon=True).start()
@@ -193,31 +188,31 @@ class Other(Alone):
         """Begin torch.distributed."""
         _meet(self._folder, self.rank, self.count, device)
 
-    def hear(self) -> tuple:
+    def hear(self, form: Form = ORDER) -> tuple:
         """What rank 0 tells next."""
-        return self._link.recv()
+        return self._link.hear(form)
 
-    def same(self, make: Callable[[], T]) -> T:
+    def same(self, make: Callable[[], list[Choice]]) -> list[Choice]:
         """What rank 0 made."""
-        return self.hear()[0]
+        return self._link.hear(CHOSEN)
 
-    def gather(self, mine: T) -> list[T]:
+    def gather(self, mine: Brought) -> list[Brought]:
         """As for all."""
-        self._link.send(mine)
-        return self.hear()[0]
+        self._link.say(mine)
+        return self._link.hear(ALL_BROUGHT)
 
     def fail(self, sentence: str) -> None:
         """Say why this rank cannot start."""
         with suppress(OSError):
-            self._link.send(Failed(sentence))
+            self._link.say(Failed(sentence))
 
     def close(self, gently: bool = True) -> None:
         """Leave the group."""
         dist.destroy_process_group()
 
 
-def _heard(link: Connection) -> Any:
-    found = link.recv()
+def _heard(link: Wire) -> Brought:
+    found = link.hear(BROUGHT)
     if isinstance(found, Failed):
         raise InputError(found.sentence)
     return found

@@ -27,7 +27,7 @@ class Reader:
 
     def read(self, live: Live, room: int) -> Tensor | None:
         """Read up to the next cut; logits [1, vocabulary] after the last one. room: bytes a kept prefix may take."""
-        prompt, whole = live.request.prompt_ids, needs_whole(live.method)
+        prompt, whole = _marked(live), needs_whole(live.method)
         reuse = self.prefixes is not None and not whole
         if live.store is None:
             live.store = self._begin(live, reuse)
@@ -42,8 +42,11 @@ class Reader:
         return self._forward(live, len(prompt))
 
     def _forward(self, live: Live, end: int) -> Tensor:
-        ids = torch.tensor([live.request.prompt_ids[live.read : end]], device=self.session.model.device)
-        logits = self.forward(live.store, input_ids=ids)
+        model, ids = self.session.model, live.request.prompt_ids
+        if live.pictures is not None:
+            logits = self.forward(live.store, inputs_embeds=live.pictures.embeds(model, ids, live.read, end))
+        else:
+            logits = self.forward(live.store, input_ids=torch.tensor([ids[live.read : end]], device=model.device))
         live.read = end
         return logits
 
@@ -51,7 +54,7 @@ class Reader:
         """An empty cache, or one that has read how the prompt begins."""
         found = None
         if reuse:
-            prompt = live.request.prompt_ids
+            prompt = _marked(live)
             found = self.prefixes.find(live.request.key, live.spec, prompt, len(prompt) - self.least)
         if found is None:
             return self.session.new_store()
@@ -60,6 +63,11 @@ class Reader:
             live.cached = live.read
             self.cached += live.read
         return store
+
+
+def _marked(live: Live) -> list[int]:
+    """The prompt's tokens by which a beginning is known again: in the places of an image stand numbers of its own."""
+    return live.request.prompt_ids if live.pictures is None else live.pictures.marked
 
 
 def needs_whole(method: Method | None) -> bool:

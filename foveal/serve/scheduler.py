@@ -19,6 +19,7 @@ from .text import Text
 if TYPE_CHECKING:
     from ..cache import Store
     from ..method import Method
+    from .sight import Pictures
 
 SLACK = 16  # rows grow by up to a sixteenth at once, so this part of the memory is never given away
 AHEAD = 128  # tokens by which a sequence in pages grows at once, so each is sure to have room for as many
@@ -48,6 +49,7 @@ class Live:
     store: Store | None = None
     cancelled: bool = False
     failures: int = 0
+    pictures: Pictures | None = None
     arrived: float = field(default_factory=time.monotonic)
     begun: float | None = None  # when its prompt began to be read, the first time
 

@@ -8,7 +8,8 @@ from pydantic import BaseModel, ConfigDict, Field, FiniteFloat, ValidationError
 from pydantic_core import from_json
 from starlette.responses import JSONResponse
 
-from .request import MOST_LOGPROBS, MOST_STOPS
+from ..errors import InputError
+from .request import MOST_LOGPROBS, MOST_STOPS, Full, NotAllowed, TooLong, Unavailable
 
 IGNORED = ("metadata", "user")
 """Accepted without effect: they describe the caller, not the answer."""
@@ -67,27 +68,71 @@ class ApiError(Exception):
         return JSONResponse(self.body(), self.status, headers)
 
 
+def as_api_error(error: Exception, prompt: str) -> Exception:
+    """What the worker says about a request it does not take, in HTTP's terms; `prompt` is the field that holds it."""
+    if isinstance(error, TooLong):
+        return ApiError(400, str(error), param=prompt, code="context_length_exceeded")
+    if isinstance(error, NotAllowed):
+        return ApiError(400, str(error), param="foveal", code="not_allowed")
+    if isinstance(error, Full):
+        return ApiError(429, str(error), code="queue_full", retry_after=error.retry_after)
+    if isinstance(error, Unavailable):
+        return ApiError(503, "the engine takes no requests at the moment", code="unavailable", retry_after=1)
+    if isinstance(error, InputError):
+        return ApiError(400, str(error), code="invalid_value")
+    return error
+
+
 class _Strict(BaseModel):
     model_config = ConfigDict(extra="forbid", strict=True)
 
 
 class TextPart(_Strict):
-    """A piece of a message; only text is served."""
+    """A piece of a message's text."""
 
     type: Literal["text"]
     text: str
+
+
+class ImageUrl(_Strict):
+    """url: `data:image/png;base64,...`, or https where the server fetches from its host. detail "low": at most 512 pixels a side."""
+
+    url: str
+    detail: Literal["auto", "low", "high"] = "auto"
+
+
+class ImagePart(_Strict):
+    """An image in a message of the user, for a model that reads images."""
+
+    type: Literal["image_url"]
+    image_url: ImageUrl
+
+
+_Part = Annotated[TextPart | ImagePart, Field(discriminator="type")]
 
 
 class Message(_Strict):
     """One message of a conversation; "developer" is another word for "system"."""
 
     role: Literal["system", "developer", "user", "assistant"]
-    content: str | Annotated[list[TextPart], Field(min_length=1, max_length=256)]
+    content: str | Annotated[list[_Part], Field(min_length=1, max_length=256)]
 
     @property
     def text(self) -> str:
-        """The content as one string."""
-        return self.content if isinstance(self.content, str) else "".join(part.text for part in self.content)
+        """The text of the content as one string."""
+        if isinstance(self.content, str):
+            return self.content
+        return "".join(part.text for part in self.content if isinstance(part, TextPart))
+
+    @property
+    def parts(self) -> list[dict[str, str]]:
+        """The content as templates of models that read images take it."""
+        if isinstance(self.content, str):
+            return [{"type": "text", "text": self.content}]
+        return [
+            {"type": "text", "text": part.text} if isinstance(part, TextPart) else {"type": "image"}
+            for part in self.content
+        ]
 
 
 class StreamOptions(_Strict):

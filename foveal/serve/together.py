@@ -6,7 +6,6 @@ which are over, hands them the tokens it chose, and what depends on the size of 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,35 +16,42 @@ from transformers.utils import logging as transformers_logging
 from ..default_model import default_folder
 from ..errors import FovealError
 from ..hub import DEFAULT_MODEL, default_device, explained, load
+from ..method import Method
 from ..profile import Profile
-from ..spec import written
+from ..spec import parse, written
+from ..store import Layout
 from .engine import Engine
 from .menu import Menu
 from .ranks import First, Other
 from .shards import check_apart, check_shards, keep_own_heads
+from .wire import Form, Garbled
 from .worker import Worker
 
 
 @dataclass(frozen=True)
 class Job:
-    """What each rank loads and runs. settings: those of `Engine`."""
+    """What each rank loads and runs, as it can be written in JSON. made_for: the model that a profile names. settings: the others of
+    `Engine`, methods as text."""
 
     source: str | None
     device: str
     dtype: str | None
-    profile: Profile | None
-    settings: Mapping[str, Any]
+    made_for: dict[str, Any] | None
+    layout: Layout | None
+    settings: dict[str, Any]
 
     def model(self, ranks: First | Other):
         """`(model, tokenizer)`, the model this rank's share. Raises InputError for a profile of another model."""
         torch.set_num_threads(max(1, torch.get_num_threads() // ranks.count))
         ranks.meet(self.device)
         model, tokenizer = load(self.source, device=self.device, dtype=self.dtype, shards=ranks.count)
-        if self.profile is not None:
-            with self.profile.attach(model):  # refuses another model
-                pass
+        if self.made_for is not None:  # on every rank, for a look at the weights needs all their shares
+            Profile(parse(self.settings["method"]), self.made_for).check(model)
         keep_own_heads(model, ranks.count)
         return model, tokenizer
+
+
+JOB = Form(tuple[Job])
 
 
 def start(
@@ -66,17 +72,21 @@ def start(
     Raises InputError before anything is loaded for a model or a method whose heads cannot be split, and for a profile of another model.
     """
     device = torch.device(device or default_device())
+    layout = settings.pop("layout", None)
     if profile is not None:
-        settings |= {"method": written(profile.method), "layout": profile.layout}
+        settings["method"], layout = profile.method, profile.layout
+    if isinstance(settings.get("method"), Method):
+        settings["method"] = written(settings["method"])
     config = _config(source)
     check_shards(config, count, device)
     asked = {"method": None, "budget": None, "allow": {}, "budgets": (), **settings}
     check_apart(Menu(*(asked[name] for name in ("method", "budget", "allow", "budgets"))), config)
-    job, ranks = Job(source, str(device), dtype, profile, settings), First(count)
+    job, ranks = Job(source, str(device), dtype, profile and profile.model, layout, settings), First(count)
     try:
         ranks.tell(job)
         model, tokenizer = job.model(ranks)
-        worker = Worker(model, tokenizer, ranks=ranks, max_waiting=max_waiting, max_per_key=max_per_key, **settings)
+        limits = {"max_waiting": max_waiting, "max_per_key": max_per_key}
+        worker = Worker(model, tokenizer, ranks=ranks, layout=layout, **limits, **settings)
         ranks.gather("ready")
     except Exception as error:
         why = ranks.explained(error)
@@ -96,16 +106,18 @@ def follow(rank: str, count: str, link: str, lifeline: str, folder: str) -> int:
     """What a process does that rank 0 started; its exit code."""
     transformers_logging.disable_progress_bar()
     ranks = Other(int(rank), int(count), int(link), int(lifeline), folder)
-    (job,) = ranks.hear()
     try:
-        engine = Engine(*job.model(ranks), ranks=ranks, **job.settings)
+        (job,) = ranks.hear(JOB)
+        engine = Engine(*job.model(ranks), ranks=ranks, layout=job.layout, **job.settings)
         ranks.gather("ready")
     except FovealError as error:
         ranks.fail(str(error))
         return 2
+    except (EOFError, Garbled):  # rank 0 is gone, or what it said is in the log
+        return 1
     try:
         engine.follow()
-    except EOFError:  # rank 0 is gone
+    except (EOFError, Garbled):
         return 1
     engine.close()
     ranks.close()

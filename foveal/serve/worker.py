@@ -19,6 +19,7 @@ from .engine import Engine
 from .ranks import Alone, First
 from .request import Event, Full, Request, Stats, Stream, Unavailable
 from .scheduler import Live
+from .sight import Pictures, Sight
 
 LONGEST_WAIT = 60  # seconds to come back after, at most
 
@@ -32,6 +33,7 @@ class Worker:
     max_per_key: live requests of one API key (None: no limit). context: positions offered (None: the model's). chunk: prompt tokens
     read between two decode steps (None: 256 on a CPU, 2,048 on a GPU). layout: as in `foveal.attach`. prefix: reuse prompt prefixes.
     ranks: the processes that hold the model together with this one, as `foveal.serve.together.start` makes them; the worker ends them.
+    sight: of a model that reads images, which prompts may then show.
     Raises InputError or UnsupportedModel before anything starts: unknown method, or memory that cannot hold a single short request.
     """
 
@@ -53,13 +55,15 @@ class Worker:
         layout: Layout | None = None,
         prefix: bool = True,
         ranks: First | None = None,
+        sight: Sight | None = None,
     ):
         if type(memory) is not int or memory < 1 or max_waiting < 1 or max_running < 1:
             raise InputError("memory, max_waiting and max_running must be whole numbers of at least 1")
         self.tokenizer, self.max_waiting, self.max_per_key = tokenizer, max_waiting, max_per_key
         settings = {"method": method, "budget": budget, "allow": allow, "budgets": budgets, "memory": memory}
         settings |= {"max_running": max_running, "context": context, "chunk": chunk, "layout": layout, "prefix": prefix}
-        self.ranks = ranks or Alone()
+        self.ranks, self.sight = ranks or Alone(), sight
+        settings["sees"] = sight is not None
         self._make = lambda: Engine(model, tokenizer, ranks=self.ranks, **settings)
         self._news = threading.Condition()  # guards everything below
         self._engine: Engine | None = None
@@ -81,9 +85,10 @@ class Worker:
 
     # ------------------------------------------------------------------ from any thread
 
-    def submit(self, request: Request) -> Stream:
-        """Queue a request. Raises TooLong, NotAllowed or InputError for what can never run, Full (with `retry_after`) when the queue or
-        the key's share is full, Unavailable when draining, closed or dead."""
+    def submit(self, request: Request, pictures: Pictures | None = None) -> Stream:
+        """Queue a request, with the images of its prompt, which it uses until its last event. Raises TooLong, NotAllowed or InputError
+        for what can never run, Full (with `retry_after`) when the queue or the key's share is full, Unavailable when draining, closed
+        or dead."""
         with self._news:
             self._check_open()
             engine = self._engine
@@ -98,12 +103,14 @@ class Worker:
                 raise Full(
                     f"{self.max_waiting} requests are waiting, which is all the queue holds", self._retry_after()
                 )
-            live = engine.make(request, Stream(request))
+            live = engine.make(request, Stream(request), pictures)
             live.stream.on_cancel = lambda: self._cancel(live)
             live.stream.on_done = lambda: self._forget(live)
             self._live[request.id] = live
             self._keys[request.key] += 1
             self._inbox.append(live)
+            if pictures is not None:
+                pictures.join()
             self._news.notify_all()
         return live.stream
 
@@ -211,11 +218,14 @@ class Worker:
 
     def _forget(self, live: Live) -> None:
         with self._news:
-            if self._live.pop(live.request.id, None) is not None:
+            known = self._live.pop(live.request.id, None) is not None
+            if known:
                 self._keys[live.request.key] -= 1
                 if not self._keys[live.request.key]:
                     del self._keys[live.request.key]
             self._news.notify_all()
+        if known and live.pictures is not None:
+            live.pictures.leave()
 
     # ------------------------------------------------------------------ the engine's thread
 
@@ -268,6 +278,8 @@ class Worker:
                 engine.finished["error"] += len(lives)
         for live in lives:
             live.stream.put(Event("error", text=lost))
+            if live.pictures is not None:
+                live.pictures.leave()
         for _, answer in asked:
             answer.set_result(None)
 

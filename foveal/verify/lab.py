@@ -301,7 +301,5 @@ def _statistics(method: Method | None) -> set[str]:
 
 
 def _size(recording: Recording) -> int:
-    tensors = [r.q for r in recording.layers.values()] + [
-        x for r in recording.layers.values() for x in r.stats.values()
-    ]
+    tensors = [x for r in recording.layers.values() for x in (r.q, r.k, r.v, *r.stats.values())]
     return recording.store.nbytes + sum(x.nbytes for x in tensors)

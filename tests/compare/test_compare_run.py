@@ -102,7 +102,7 @@ def test_following_a_text_gives_the_nats_of_its_tokens(model):
     ids = torch.arange(1, 41)[None] * 5 % 250
     with torch.no_grad(), foveal.attach(model):
         store = model(ids[:, :30]).past_key_values
-        losses, times = follow(model, store, ids[0, 30:].tolist(), model.device)
+        losses, times, _ = follow(model, store, ids[0, 30:].tolist(), model.device)
     with torch.no_grad():
         logits = model(ids).logits[0, 30:-1].log_softmax(-1)
     expected = -logits.gather(-1, ids[0, 31:, None])[:, 0]

@@ -12,6 +12,7 @@ import torch
 from models import tiny
 
 pytest.importorskip("accelerate", reason="transformers cuts weights with accelerate")
+pytest.importorskip("pydantic", reason="pydantic comes with the extra `serve`")
 
 from fake_worker import byte_tokenizer
 from serve_engines import engine, finish, put, tokens
@@ -121,6 +122,23 @@ def test_two_processes_say_what_one_says_until_one_is_killed(folder, tmp_path):
     finally:
         two.close()
     assert until(lambda: not others())
+
+
+def test_a_pickle_among_the_messages_ends_the_whole_and_does_not_run(folder, tmp_path):
+    class Evil:
+        def __reduce__(self):
+            return os.mkdir, (str(tmp_path / "it ran"),)
+
+    two, _ = start(folder, 2, device="cpu", **SETTINGS)
+    try:
+        assert answer(ask(two, "first", 40))
+        (wire,) = two.ranks._links
+        wire._line.send(Evil())  # while the other rank waits for an order
+        assert until(lambda: not two.alive)
+        assert two.stats().why == "rank 1 of 2 ended with exit code 1"
+    finally:
+        two.close()
+    assert until(lambda: not others()) and not (tmp_path / "it ran").exists()
 
 
 def _drawn_in_step(two):

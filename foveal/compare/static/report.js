@@ -24,6 +24,7 @@
   const percent = (v) => (has(v) ? fixed(100 * v, Math.abs(v) < 0.0995 ? 1 : 0).replace(/\.0$/, "") + "%" : "–");
   const amount = (b) => (b > 1 ? `${tokens(b)} tokens` : percent(b)); // a share of the tokens seen, or a number of them
   const size = (v) => (has(v) ? (v >= 1e9 ? fixed(v / 1e9, 2) + " GB" : fixed(v / 1e6, 0) + " MB") : "–");
+  const megabytes = (v) => (has(v) ? `${number(v / 1e6)} MB` : "");
   const range = (low, high, form) => (has(low) && has(high) ? `${form(low)}–${form(high)}` : "");
   const tokens = (n) => Number(n).toLocaleString("en");
   const shown = (v) => (v === null || v === undefined ? "" : typeof v === "object" ? JSON.stringify(v) : String(v));
@@ -42,6 +43,7 @@
   const allRows = data.views.all;
   const tasks = [...new Set(allRows.flatMap((r) => Object.keys(r.tasks)))];
   const series = [...new Set(allRows.filter((r) => !r.baseline).map((r) => r.series))];
+  const hasAttention = allRows.some((r) => has(r.attention_ms)); // a CPU's
   const hasReads = allRows.some((r) => has(r.read_share));
   const better = (task) => allRows.map((r) => r.tasks[task]).find(Boolean)?.better;
   function usual(task) { // the sample count most rows share: it stands in the header, others in their cells
@@ -88,17 +90,26 @@
   function columns() {
     const at_length = rows().find((r) => r.speed_length)?.speed_length;
     const where = at_length ? `at ${tokens(at_length)}` : "";
+    const held = { head: "KV resident", sub: "of dense", key: (r) => r.kv_share, text: (r) => percent(r.kv_share) };
+    // Where weights bound the speed of a small model these two say what a method saves, so there they stand first.
+    const costs = [
+      { ...held, small: (r) => megabytes(r.kv_bytes) },
+      { head: "attention, ms", sub: where, key: (r) => r.attention_ms, text: (r) => number(r.attention_ms),
+        small: (r) => (has(r.attention_share) && !r.baseline ? `${percent(r.attention_share)} of dense` : "") },
+    ];
     return [
       { head: "method", key: (r) => r.series, text: (r) => r.series },
       { head: "budget", key: (r) => r.budget, text: (r) => amount(r.budget) },
-      { head: "of dense", sub: "mean, 95%", down: true, key: (r) => r.quality, text: (r) => percent(r.quality),
+      ...(hasAttention ? costs : []),
+      { head: "score", sub: "of dense, 95%", down: true, key: (r) => r.quality, text: (r) => percent(r.quality),
         small: (r) => (r.baseline ? "" : range(r.quality_low, r.quality_high, percent)) },
       ...tasks.map((task) => ({
-        head: task, sub: `${better(task) === "lower" ? "↓" : "↑"} is better${usual(task) ? `, n=${tokens(usual(task))}` : ""}`, down: better(task) !== "lower",
+        head: task, sub: `${better(task) === "lower" ? "↓" : "↑"}${usual(task) ? ` n=${tokens(usual(task))}` : ""}`, down: better(task) !== "lower",
+        title: `${better(task) === "lower" ? "lower" : "higher"} is better`,
         key: (r) => r.tasks[task]?.value, text: (r) => number(r.tasks[task]?.value),
         small: (r) => r.tasks[task] && [range(r.tasks[task].low, r.tasks[task].high, number), r.tasks[task].n !== usual(task) ? `n=${tokens(r.tasks[task].n)}` : ""].filter(Boolean).join(", "),
       })),
-      { head: "KV resident", sub: "of dense", key: (r) => r.kv_share, text: (r) => percent(r.kv_share) },
+      ...(hasAttention ? [] : [held]),
       ...(hasReads ? [{ head: "KV read", sub: "of dense", key: readShare, text: (r) => percent(readShare(r)) }] : []),
       { head: "peak memory", sub: where, key: (r) => r.peak_bytes, text: (r) => size(r.peak_bytes) },
       { head: "prefill, s", sub: where, key: (r) => r.prefill_s, text: (r) => number(r.prefill_s) },
@@ -128,7 +139,7 @@
     for (const column of cols) {
       const active = state.sort?.head === column.head;
       head.append(make("th", { scope: "col", "aria-sort": active ? (state.sort.down ? "descending" : "ascending") : null },
-        make("button", { type: "button", title: `Sort by ${column.head}`, onclick: () => sortBy(column) },
+        make("button", { type: "button", title: `Sort by ${column.head}${column.title ? ` (${column.title})` : ""}`, onclick: () => sortBy(column) },
           column.head, column.sub ? make("small", {}, column.sub) : null)));
     }
     table.replaceChildren(make("thead", {}, head));
@@ -177,7 +188,8 @@
     const span = (low, high, form) => (range(low, high, form) ? ` (${range(low, high, form)})` : "");
     line("of dense", percent(row.quality) + (row.baseline ? "" : span(row.quality_low, row.quality_high, percent)));
     for (const [task, s] of Object.entries(row.tasks)) line(task, number(s.value) + span(s.low, s.high, number));
-    line("KV resident", percent(row.kv_share));
+    line("KV resident", percent(row.kv_share) + (has(row.kv_bytes) ? ` (${megabytes(row.kv_bytes)})` : ""));
+    line("attention", has(row.attention_ms) ? `${number(row.attention_ms)} ms${has(row.attention_share) ? ` (${percent(row.attention_share)} of dense)` : ""}` : "");
     if (hasReads) line("KV read", percent(readShare(row)));
     line("peak memory", size(row.peak_bytes));
     line("prefill", has(row.prefill_s) ? `${number(row.prefill_s)} s` : "");

@@ -36,13 +36,14 @@ class Scorer(NamedTuple):
             StaysNear("frugal-prompt(budget=0.8)", "needle", within=0.2, query_aware=True),
             Beats(
                 "frugal-prompt(budget=0.8)",
-                "frugal-prompt(budget=0.8, which='bottom')",
+                "frugal-prompt(budget=0.84, which='bottom')",
                 "needle",
                 by=0.1,
                 query_aware=True,
             ),
         ),
-        setting="needles in prose, the question being part of the prompt that is shortened; words scored by the model itself",
+        setting="needles in prose, the question being part of the prompt that is shortened; words scored by the model itself. A word's "
+        "score is a sum over its tokens, so the best words are the longer ones: the control is given 84 % of the words for equal bytes",
     ),
 )
 @dataclass(frozen=True)
