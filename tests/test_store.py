@@ -444,6 +444,57 @@ def test_a_sequence_that_leaves_takes_only_its_own_memory():
     assert store.take([1]).uniform == 40
 
 
+def grown(batch: int, length: int) -> LayerStore:
+    """In pages, a few of them to spare: what comes one by one makes room for more."""
+    store = LayerStore(layout=Layout(paged=True))
+    store.append(torch.randn(batch, 2, length, D), torch.randn(batch, 2, length, D), 0)
+    store.append(torch.randn(batch, 2, 1, D), torch.randn(batch, 2, 1, D), length)
+    return store
+
+
+def test_pages_laid_end_to_end_are_whose_they_were_and_the_spare_ones_are_used_once():
+    parts, joined = [grown(1, 512), grown(1, 448), grown(2, 384)], LayerStore(layout=Layout(paged=True))
+    keys = [p.keys()[b] for p in parts for b in range(p.batch)]
+    spare = sum(p.single.spare_pages for p in parts)
+    assert all(p.single.spare_pages > 0 for p in parts)
+    joined.become(parts)
+    assert joined.single.spare_pages == spare  # nothing was copied key by key
+    for step in range(60):  # every row takes new pages, and none of them is another row's
+        new = torch.randn(4, 2, 1, D)
+        joined.append(new, new, torch.full((4,), 1000 + step))
+        keys = [torch.cat([k, x], 1) for k, x in zip(keys, new, strict=True)]
+    for b, k in enumerate(keys):
+        assert torch.equal(joined.keys()[b, :, : k.shape[1]], k)
+
+
+def test_pages_mostly_empty_are_packed_when_they_join():
+    joined = LayerStore(layout=Layout(paged=True))
+    joined.become([grown(1, 32), grown(1, 64)])
+    assert joined.single.spare_pages == 0
+    assert joined.len.tolist() == [[33, 33], [65, 65]]
+
+
+@pytest.mark.parametrize("layout", [Layout(), Layout(paged=True)])
+def test_sequences_lie_apart_until_somebody_looks(layout):
+    def part(batch):
+        store = LayerStore(layout=layout)
+        store.append(torch.randn(batch, 2, 8, D), torch.randn(batch, 2, 8, D), 0)
+        return store
+
+    one, two, joined = part(1), part(1), LayerStore(layout=layout)
+    joined.become([one, two])
+    assert (joined.batch, joined.empty) == (2, False)
+    first, second = joined.alone()
+    assert first is one and second is two
+    joined.settle()
+    assert [torch.equal(mine.keys(), its.keys()) for mine, its in zip(joined.alone(), (one, two), strict=True)] == [
+        True
+    ] * 2
+    assert joined.alone()[0] is not one  # they share a block now
+    joined.become([one, part(2)])  # two of them are one store
+    assert [s.batch for s in joined.alone()] == [1, 1, 1]
+
+
 def test_reset_and_misuse():
     store = filled(planes={"mass": Plane(1.0)})
     with pytest.raises(InputError, match="sequences"):

@@ -35,9 +35,7 @@ from .records import Comparison, Record, filled
 from .words import ATTENTION, NO_ATTENTION
 
 PARTS = 4  # pieces of work for each worker, at least, so that none rests long before the end
-ABREAST = (
-    16  # configurations of a piece for one of several workers, at most: what a run that is stopped loses is little
-)
+ABREAST = 8  # configurations of a piece for one of several workers, at most: a run that is stopped loses little
 
 
 def compare(

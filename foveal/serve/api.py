@@ -76,7 +76,7 @@ class Api:
         self._readers = ThreadPoolExecutor(2, thread_name_prefix="prompt")
         self._submitters = ThreadPoolExecutor(64, thread_name_prefix="submit")  # on a cluster submitting waits
         self._viewers = ThreadPoolExecutor(1, thread_name_prefix="images")  # one request's at a time, and texts go on
-        self._reading = 0
+        self._reading, self._looking = 0, Room(max_waiting)  # apart: texts do not wait for images
 
     def longest_body(self, kind: type[Common]) -> int:
         """Bytes that a body may have."""
@@ -99,16 +99,16 @@ class Api:
         self._reading += 1
         try:
             request, prompts, found = await loop.run_in_executor(self._readers, self._read, body, kind)
-            pictures = None
-            if found:
-                with self.room.lent(sum(place.is_remote for place in found) * self.limits.images.nbytes):
-                    files = await files_of(found, self.limits.images, self.fetcher, self._viewers)
-                    seen = loop.run_in_executor(self._viewers, self.prompts.seen, request, found, files)
-                    ids, pictures = await seen
-                prompts = [ids]
-                request.messages.clear()  # megabytes of base64, which nobody looks at again
         finally:
             self._reading -= 1
+        pictures = None
+        if found:
+            fetched = sum(place.is_remote for place in found) * self.limits.images.nbytes
+            with self._looking.lent(1), self.room.lent(fetched):
+                files = await files_of(found, self.limits.images, self.fetcher, self._viewers)
+                prompt, pictures = await loop.run_in_executor(self._viewers, self.prompts.seen, request, found, files)
+            prompts = [prompt]
+            request.messages.clear()  # megabytes of base64, which nobody looks at again
         return await loop.run_in_executor(self._submitters, self._submit, request, prompts, pictures, key)
 
     def _read(self, body: bytes, kind: type[Common]) -> tuple[Common, list[list[int]], list[Place]]:

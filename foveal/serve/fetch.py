@@ -10,6 +10,7 @@ import asyncio
 import http.client
 import io
 import ipaddress
+import re
 import socket
 import ssl
 import time
@@ -21,7 +22,7 @@ from ..errors import InputError
 from .images import ImageLimits, Place, file_of
 
 _PIECE = 64 << 10
-_NAT64 = ipaddress.ip_network("64:ff9b::/96")
+_HOST = re.compile(r"[a-z0-9]([a-z0-9.-]*[a-z0-9])?")
 
 
 def resolve(host: str, port: int) -> list[str]:
@@ -32,11 +33,10 @@ def resolve(host: str, port: int) -> list[str]:
 def is_public(address: str) -> bool:
     """Whether an address is of the internet at large: not this machine, not a private net, not a cloud's own."""
     found = ipaddress.ip_address(address.partition("%")[0])
-    if isinstance(found, ipaddress.IPv6Address):
-        inner = found.ipv4_mapped or found.sixtofour or (found.teredo[1] if found.teredo else None)
-        if inner is not None or found in _NAT64:  # another address in disguise
-            return False
-    return found.is_global and not (found.is_multicast or found.is_reserved or found.is_unspecified)
+    # Other addresses in disguise; those of NAT64 and Teredo are reserved or private in any case.
+    if found.version == 6 and (found.ipv4_mapped or found.sixtofour or found.is_site_local):
+        return False
+    return found.is_global and not (found.is_multicast or found.is_reserved)
 
 
 class Fetcher:
@@ -57,9 +57,9 @@ class Fetcher:
         context: ssl.SSLContext | None = None,
     ):
         for host in hosts:
-            if not host or urlsplit(f"//{host}").hostname != host or ":" in host:
+            if not _HOST.fullmatch(host):
                 raise InputError(
-                    f"--image-hosts '{host}': expected names of hosts such as images.example.org, in small letters"
+                    f"--image-hosts '{host}': expected names of hosts such as images.example.org, in small letters of ASCII"
                 )
         self.hosts, self.seconds, self.port = frozenset(hosts), seconds, port
         self.resolve, self.allowed = resolve, allowed
@@ -152,4 +152,9 @@ async def files_of(found: Sequence[Place], limits: ImageLimits, fetcher: Fetcher
         else loop.run_in_executor(pool, file_of, place, limits)
         for place in found
     ]
-    return await asyncio.gather(*work)
+    # All are waited for: what went on after an error would hold memory that nobody counts any more.
+    files = await asyncio.gather(*work, return_exceptions=True)
+    for file in files:
+        if isinstance(file, BaseException):
+            raise file
+    return files

@@ -19,13 +19,16 @@ from typing import TYPE_CHECKING, Any
 from ..errors import InputError
 from .schema import ApiError, ChatRequest, ImagePart
 from .sight import Picture, Pictures, Sight
+from .within import within
 
 if TYPE_CHECKING:
     from PIL.Image import Image
 
 FORMATS = ("PNG", "JPEG", "WEBP", "GIF")
+_TOO_LONG = "the image takes too long to read: save it anew"
 _DATA = re.compile(r"data:image/(?:png|jpe?g|webp|gif);base64,", re.IGNORECASE)
 _SCANS = 100  # of a progressive JPEG, each of which goes over all pixels; encoders write about ten
+_LONGEST = 50  # times as long as it is wide, or the reverse: a processor that scales the short side would make a huge image of more
 _LOW = 512  # pixels of a side at most where `detail` is "low": OpenAI's number
 
 
@@ -34,13 +37,14 @@ class ImageLimits:
     """What the images of one request may be, and what those of all requests may hold. The values are this server's own choice.
 
     count: images. nbytes: of one file. pixels: width times height, known before decoding. memory: bytes of bodies that are being read,
-    decoded images and what is made of them, all requests together.
+    decoded images and what is made of them, all requests together. seconds: of work on one file's header, and again on its pixels.
     """
 
     count: int = 8
     nbytes: int = 10 << 20
     pixels: int = 4096 * 4096
-    memory: int = 1 << 30
+    memory: int = 5 << 28
+    seconds: float = 3.0
 
     @property
     def body(self) -> int:
@@ -63,7 +67,7 @@ class Room:
                 raise ApiError(413, message, code="images_too_large")
             if self.held + nbytes > self.most:
                 raise ApiError(
-                    429, "images of other requests fill the memory: try again", code="images_full", retry_after=1
+                    429, "images of other requests fill the room for them: try again", code="images_full", retry_after=1
                 )
             self.held += nbytes
 
@@ -98,6 +102,11 @@ class Place:
     def is_remote(self) -> bool:
         """Whether its URL names another place instead of holding the file."""
         return self.part.image_url.url[:5].lower() != "data:"
+
+    @property
+    def is_low(self) -> bool:
+        """Whether a small copy of the image is enough."""
+        return self.part.image_url.detail == "low"
 
     def refusal(self, why: str, code: str = "invalid_image") -> ApiError:
         """Error 400 about this image."""
@@ -157,17 +166,22 @@ def header(place: Place, data: bytes, limits: ImageLimits) -> Image:
     from PIL import Image
 
     try:
-        image = Image.open(io.BytesIO(data), formats=FORMATS)
+        image = within(limits.seconds, lambda: Image.open(io.BytesIO(data), formats=FORMATS))
         width, height = image.size
     except Image.DecompressionBombError:
         raise _too_many_pixels(place, limits) from None
+    except TimeoutError:
+        raise place.refusal(_TOO_LONG) from None
     except Exception:
         raise place.refusal("the file is no PNG, JPEG, WebP or GIF image that can be read") from None
     if width < 1 or height < 1:
         raise place.refusal("the image has no pixels")
     if width * height > limits.pixels:
         raise _too_many_pixels(place, limits)
-    if image.format == "JPEG" and data.count(b"\xff\xda") > _SCANS:
+    if max(width, height) > _LONGEST * min(width, height):
+        raise place.refusal(f"the image is more than {_LONGEST} times as long as it is wide: send a part of it")
+    # By the first bytes, for a JPEG of several images has another name.
+    if data.startswith(b"\xff\xd8") and data.count(b"\xff\xda") > _SCANS:
         raise place.refusal(f"the image is drawn in more than {_SCANS} scans: save it anew")
     return image
 
@@ -176,24 +190,33 @@ def _too_many_pixels(place: Place, limits: ImageLimits) -> ApiError:
     return place.refusal(f"the image has more than {limits.pixels:,} pixels: send a smaller one")
 
 
-def pixels(place: Place, image: Image) -> Image:
+def pixels(place: Place, image: Image, limits: ImageLimits) -> Image:
     """Decoded, the first frame, turned as its file says, in red, green and blue. Raises ApiError 400 for a damaged file."""
-    from PIL import ImageOps
-
     try:
-        image.load()
-        image = ImageOps.exif_transpose(image).convert("RGB")
-        if place.part.image_url.detail == "low":
+        image = within(limits.seconds, _decoded, image)
+        if place.is_low:
             image.thumbnail((_LOW, _LOW))
+    except TimeoutError:
+        raise place.refusal(_TOO_LONG) from None
     except Exception:
         raise place.refusal("the image is damaged: its pixels cannot be decoded") from None
     return image
 
 
+def _decoded(image: Image) -> Image:
+    from PIL import ImageOps
+
+    image.load()
+    ImageOps.exif_transpose(image, in_place=True)
+    if image.mode.startswith("I"):  # 16 bits of grey, which Pillow would cut at 255
+        image = image.point(lambda level: level / 256).convert("L")
+    return image.convert("RGB")
+
+
 def decoded_bytes(sizes: Sequence[tuple[int, int]]) -> int:
-    """What images of these sizes take: 3 bytes a pixel, and two copies of 4 of the one that is being decoded."""
+    """What images of these sizes take: 4 bytes a pixel, and 16 more of the one that is being decoded (a WebP's; a JPEG's are 8)."""
     counts = [width * height for width, height in sizes]
-    return 3 * sum(counts) + 8 * max(counts)
+    return 4 * sum(counts) + 16 * max(counts)
 
 
 class Viewer:
@@ -208,12 +231,12 @@ class Viewer:
         room. What the pictures hold of the room they give back when they are let go."""
         opened = [header(place, data, self.limits) for place, data in zip(found, files, strict=True)]
         with self.room.lent(decoded_bytes([image.size for image in opened])):
-            images = [pixels(place, image) for place, image in zip(found, opened, strict=True)]
-            opened.clear()
+            # Taken out of the list, so that what a file was decoded to goes when its copy in red, green and blue is there.
+            images = [pixels(place, opened.pop(0), self.limits) for place in found]
             ids, pictures = self._prepared(text, found, images)
-        digests = [hashlib.sha256(data) for data in files]
-        for place, digest, picture in zip(found, digests, pictures, strict=True):
-            digest.update(b"low" if place.part.image_url.detail == "low" else b"")
+        for place, data, picture in zip(found, files, pictures, strict=True):
+            digest = hashlib.sha256(b"low" if place.is_low else b"all")  # before the bytes, which the client chose
+            digest.update(data)
             picture.digest = digest.digest()
         try:
             whole = Pictures(ids, pictures, self.sight.image)

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import sys
-import time
 from collections.abc import Sequence
 from contextlib import suppress
 from typing import Any
@@ -14,6 +12,7 @@ from transformers import PreTrainedTokenizerBase
 from .images import Place, Viewer
 from .schema import ApiError, ChatRequest, CompletionRequest
 from .sight import Pictures
+from .within import within
 
 _TEMPLATE_ERRORS = (TemplateError, ArithmeticError, LookupError, TypeError, ValueError)
 
@@ -54,7 +53,7 @@ class Prompts:
             for m in request.messages
         ]
         try:
-            return _within(self.seconds, self._render, messages, request.chat_template_kwargs or {})
+            return within(self.seconds, self._render, messages, request.chat_template_kwargs or {})
         except _TEMPLATE_ERRORS as error:
             reason = str(error).splitlines()[0][:200] if str(error) else type(error).__name__
             raise ApiError(
@@ -90,21 +89,3 @@ class Prompts:
 
     def _encode(self, text: str, special: bool) -> list[int]:
         return self.tokenizer(text, add_special_tokens=special, verbose=False)["input_ids"]
-
-
-def _within(seconds: float, function, *args):
-    """Call a function of pure Python that may run away: past so much work of this thread it ends with TimeoutError, in whatever line
-    it is."""
-    end = time.thread_time() + seconds
-
-    def watch(frame, event, arg):
-        if time.thread_time() > end:
-            raise TimeoutError
-        return watch
-
-    before = sys.gettrace()
-    sys.settrace(watch)
-    try:
-        return function(*args)
-    finally:
-        sys.settrace(before)

@@ -34,6 +34,14 @@ def _whole(name: str, value: int, low: int, high: int) -> None:
         raise InputError(f"{name} = {value!r:.40}: expected a whole number from {low} to {high}")
 
 
+def _text(name: str, value: str) -> None:
+    """JSON between processes holds what UTF-8 can, and a lone surrogate is none of it."""
+    try:
+        value.encode()
+    except UnicodeEncodeError:
+        raise InputError(f"{name} = {value!r:.60}: expected text that UTF-8 can hold") from None
+
+
 class TooLong(InputError):
     """The prompt does not fit the model's context; `prompt` and `limit` are in tokens."""
 
@@ -101,6 +109,8 @@ class Sampling:
             raise InputError(f"stop = {self.stop!r:.60}: expected a tuple of strings that are not empty")
         if len(self.stop) > MOST_STOPS:
             raise InputError(f"stop has {len(self.stop)} strings: expected at most {MOST_STOPS}")
+        for text in self.stop:
+            _text("stop", text)
 
 
 @dataclass(frozen=True)
@@ -109,7 +119,7 @@ class Request:
 
     method: a name of the server's allow-list (None: the server's own). budget: one of the server's `budgets` (None: the method's own).
     key: the API key's id: prefixes are reused and limits counted within it. deadline: a `time.monotonic()` value after which the
-    request ends with finish "deadline" (None: never).
+    request ends with finish "deadline" (None: never). Raises InputError for an id or a key that UTF-8 cannot hold.
     """
 
     id: str
@@ -119,6 +129,10 @@ class Request:
     budget: float | int | None = None
     key: str = ""
     deadline: float | None = None
+
+    def __post_init__(self) -> None:
+        _text("id", self.id)
+        _text("key", self.key)
 
 
 @dataclass(frozen=True)

@@ -11,9 +11,11 @@ import transformers
 from models import tiny
 from reference import hook
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import PreTrainedTokenizerFast
 
 import foveal
+from foveal.methods.keep import attribution
 from foveal.methods.keep.attribution import by_the_model, decompx, globenc, projections, shares
 from foveal.methods.keep.frugal_prompt import FrugalPrompt, lex_rank, scaled
 from foveal.methods.keep.words import packed, split
@@ -135,6 +137,76 @@ def test_sentences_read_together_are_scored_as_alone(ids):
     for a, b, s in zip(together, alone, sentences, strict=True):
         assert a.shape == (len(s),) and torch.allclose(a, b, atol=1e-5) and abs(a.sum().item() - 1) < 1e-5
     assert together[1].std() > 1e-3
+
+
+SIZES = (3, 17, 1, 40, 5, 20)  # in no order, and of three groups
+
+
+def parts_of(ids):
+    """Sentences of these sizes out of one text."""
+    return [torch.cat([ids[0, n // 2 :], ids[0]])[:n].tolist() for n in SIZES]
+
+
+def scored(model, ids):
+    with torch.no_grad(), foveal.attach(model, None) as session:
+        return by_the_model(Prompt(session, ids[0], None), parts_of(ids))
+
+
+def written_out(model, sentence):
+    """The definition: what every token adds to every other, as a vector, in each layer of the unattached model's own attention."""
+    ids, values = torch.tensor([sentence]), {}
+    with torch.no_grad():
+        out = model.get_decoder()(ids, output_attentions=True, output_hidden_states=True)
+        with foveal.attach(model, hook(after=lambda s: values.update({s.layer: s.v_new[0]}))):
+            model(ids)
+        total, last = torch.eye(len(sentence)), projections(model.get_decoder())
+        for layer, v in values.items():
+            v = v.repeat_interleave(6 // len(v), 0)
+            u = torch.stack([v[h] @ last[layer].weight[:, 16 * h : 16 * h + 16].T for h in range(6)])
+            parts = torch.einsum("hij,hje->ije", out.attentions[layer][0], u)
+            parts += torch.eye(len(sentence))[..., None] * out.hidden_states[layer][0]
+            size = parts.norm(dim=-1)
+            total = size / size.sum(-1, keepdim=True) @ total
+    return total[-1]
+
+
+@pytest.mark.parametrize("small", [False, True])
+@pytest.mark.parametrize("family", ["llama", "gpt_neox", "gemma2", "gpt_oss"])
+def test_norms_by_inner_products_are_those_of_the_vectors(family, small, ids, monkeypatch):
+    """Many sentences in a row, soft-caps, sinks, layers with windows (sentences alone); small: in several rows and tiles of queries."""
+    model = tiny(family, fresh=True)
+    model.set_attn_implementation("eager")
+    if small:
+        monkeypatch.setattr(attribution, "_ROW", 42)
+        monkeypatch.setattr(attribution, "TILE", {"cpu": 1000})
+    for got, sentence in zip(scored(model, ids), parts_of(ids), strict=True):
+        assert torch.allclose(got, written_out(model, sentence), atol=1e-5)
+
+
+def test_scores_of_a_model_in_half_precision(ids):
+    model = tiny("llama", fresh=True).to(torch.bfloat16)
+    half, full = scored(model, ids), scored(model.float(), ids)
+    for a, b in zip(half, full, strict=True):
+        assert a.dtype == torch.float32 and torch.allclose(a, b, atol=0.02)
+    assert max(b.max() - b.min() for b in full) > 0.1
+
+
+def test_work_does_not_grow_with_the_number_of_sentences():
+    """A GPU waits for launches: those of 40 sentences are those of 4."""
+
+    class Counted(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            counts[-1] += 1
+            return func(*args, **(kwargs or {}))
+
+    counts = []
+    with torch.no_grad(), foveal.attach(tiny("llama"), None) as session:
+        prompt = Prompt(session, torch.zeros(1, dtype=torch.long), None)
+        for many in (4, 40):
+            counts.append(0)
+            with Counted():
+                by_the_model(prompt, [[7, 9, 11, 13, 15, 17]] * many)
+    assert counts[1] < 1.5 * counts[0] and counts[0] > 100
 
 
 # ---------------------------------------------------------------------- words

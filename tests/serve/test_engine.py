@@ -300,6 +300,17 @@ def test_requests_that_can_never_run_are_refused_with_reasons():
             Sampling(**bad)
 
 
+def test_text_that_no_other_process_could_be_told_is_refused():
+    for made in (
+        lambda: Sampling(stop=("\ud800",)),
+        lambda: Request("\ud800", [1]),
+        lambda: Request("x", [1], key="\udfff"),
+    ):
+        with pytest.raises(InputError, match="UTF-8"):
+            made()
+    assert Sampling(stop=("\U0001f600 ä",)).stop and Request("ä", [1]).id
+
+
 def test_a_server_that_cannot_work_says_so_and_leaves_the_model_alone():
     before = model().config._attn_implementation
     for bad, words in [

@@ -202,6 +202,23 @@ def test_another_url_is_not_asked_for(server, site, text):
     assert (len(site.resolved), len(site.asked)) == before
 
 
+def test_an_error_waits_for_what_is_still_fetched(server, site, monkeypatch):
+    fetcher, ended = site.fetcher(seconds=0.3), []
+    real = fetcher.fetch
+
+    def watched(place, most):
+        try:
+            return real(place, most)
+        finally:
+            ended.append(place.index)
+
+    monkeypatch.setattr(fetcher, "fetch", watched)
+    monkeypatch.setattr(server.service.api, "fetcher", fetcher)
+    status, answer = server.post(CHAT, body(url("/none"), url("/silent"), url("/none")), wait=30)
+    assert status == 400 and answer["error"]["message"].startswith("messages[0].content[0]: ")
+    assert sorted(ended) == [0, 1, 2] and server.service.api.room.held == 0
+
+
 def test_a_name_at_a_private_address_is_refused(server, site, monkeypatch):
     before = len(site.asked)
     for found in (["127.0.0.1"], ["8.8.8.8", "10.0.0.1"], []):
@@ -222,13 +239,25 @@ def test_the_certificate_must_be_the_name_s(server, site, monkeypatch):
 def test_what_is_a_public_address():
     private = "127.0.0.1 10.1.2.3 172.16.0.1 192.168.1.1 169.254.169.254 100.64.0.1 0.0.0.0 224.0.0.1 240.0.0.1 255.255.255.255"
     private += " ::1 :: fe80::1 fe80::1%eth0 fc00::1 fd00:ec2::254 ff02::1 ::ffff:127.0.0.1 ::ffff:8.8.8.8 64:ff9b::a00:1 2002:7f00:1::"
-    private += " 2001:0:1:2:3:4:5:6 2001:db8::1 192.0.2.1 198.18.0.1"
+    private += " 2001:0:1:2:3:4:5:6 2001:db8::1 fec0::1 64:ff9b:1::1 ::7f00:1 192.0.2.1 198.18.0.1"
     assert [a for a in private.split() if is_public(a)] == []
     assert all(map(is_public, ("8.8.8.8", "93.184.215.14", "2606:4700::1111")))
 
 
 @pytest.mark.parametrize(
-    "host", ["", "https://a.example", "a.example:8443", "a.example/x", "A.example", "u@a.example", "::1"]
+    "host",
+    [
+        "",
+        "https://a.example",
+        "a.example:8443",
+        "a.example/x",
+        "A.example",
+        "u@a.example",
+        "::1",
+        "ä.example",
+        "a.example.",
+        "a b",
+    ],
 )
 def test_hosts_that_are_none_are_refused_at_the_start(host):
     with pytest.raises(InputError, match="--image-hosts"):

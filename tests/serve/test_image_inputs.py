@@ -10,6 +10,7 @@ import threading
 import time
 import zlib
 
+import numpy as np
 import pytest
 
 for extra in ("fastapi", "uvicorn", "prometheus_client"):
@@ -20,12 +21,13 @@ from fake_worker import FakeWorker, byte_tokenizer
 from http_server import running
 from image_models import data_url, encoded, picture
 from image_server import CHAT, body, generated, image, said, service
+from PIL import Image
 
 from foveal.serve import images
 from foveal.serve.app import _COPIES, Service
-from foveal.serve.images import ImageLimits, Room
+from foveal.serve.images import ImageLimits, Place, Room
 from foveal.serve.limits import Limits
-from foveal.serve.schema import ApiError
+from foveal.serve.schema import ApiError, ImagePart
 
 LIMITS = ImageLimits(count=3, nbytes=200_000, pixels=300 * 200, memory=4 << 20)
 
@@ -76,12 +78,21 @@ HOSTILE = {
     "a PostScript file": b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 10 10\n",
     "a JPEG of too many scans": JPEG[:-2] + b"\xff\xda\x00\x08\x01\x01\x00\x00\x3f\x00" * 200 + JPEG[-2:],
     "a GIF without frames": b"GIF89a\x10\x00\x10\x00\x80\x00\x00\x00\x00\x00\xff\xff\xff;",
+    "a JPEG of two images and too many scans": encoded(picture(1), "MPO", save_all=True, append_images=[picture(2)])
+    + b"\xff\xda" * 200,
+    "a strip that a processor would make huge": encoded(Image.new("L", (510, 10))),
     "a WebP cut short": encoded(picture(1), "WEBP")[:40],
     "random bytes behind a JPEG's first": JPEG[:20] + bytes(range(256)) * 4,
 }
 
 
-WHY = {"a bomb": "60,000 pixels", "just too many pixels": "60,000 pixels", "a JPEG of too many scans": "100 scans"}
+WHY = {
+    "a bomb": "60,000 pixels",
+    "just too many pixels": "60,000 pixels",
+    "a JPEG of too many scans": "100 scans",
+    "a JPEG of two images and too many scans": "100 scans",
+    "a strip that a processor would make huge": "50 times",
+}
 
 
 @pytest.mark.parametrize("name", HOSTILE)
@@ -95,6 +106,29 @@ def test_a_file_that_cannot_be_read_is_one_sentence(server, name, caplog):
     for word in ("PIL", "Pillow", "cannot identify", "BytesIO", "Traceback", "truncated", "libpng", "decoder"):
         assert word not in error["message"]
     assert base64.b64encode(HOSTILE[name][:30]).decode()[:20] not in caplog.text
+
+
+EMPTY = chunk(b"aaAa", b"") * 170_000  # two megabytes that are gone through piece by piece
+ENDLESS = {
+    "before the pixels": png(4, 4, zlib.compress(bytes(52)), 8, 2, EMPTY),
+    "after the pixels": GOOD[:-12] + EMPTY + GOOD[-12:],
+    "a JPEG that is all padding": JPEG[:2] + b"\xff" * (2 << 20) + JPEG[2:],
+}
+
+
+@pytest.mark.parametrize("name", ENDLESS)
+def test_a_file_that_takes_too_long_is_given_up(name):
+    place, limits = Place(0, 0, ImagePart.model_validate(image("data:"))), ImageLimits(seconds=0.1)
+    with pytest.raises(ApiError, match="takes too long to read"):
+        images.pixels(place, images.header(place, ENDLESS[name], limits), limits)
+
+
+def test_sixteen_bits_of_grey_are_not_cut():
+    place, limits = Place(0, 0, ImagePart.model_validate(image("data:"))), ImageLimits()
+    grey = np.arange(256, dtype=np.uint16).reshape(16, 16)
+    file = encoded(Image.fromarray(grey * 257))
+    found = np.array(images.pixels(place, images.header(place, file, limits), limits))
+    assert (found == grey[..., None]).all() and found.shape == (16, 16, 3)
 
 
 URLS = [
@@ -191,19 +225,23 @@ def test_a_large_body_waits_for_room(server):
 def test_decoding_keeps_nobody_waiting(server, monkeypatch):
     begun, go, where = threading.Event(), threading.Event(), []
 
-    def slow(place, opened):
+    def slow(*args):
         where.append(threading.current_thread().name)
         begun.set()
         assert go.wait(10)
-        return real(place, opened)
+        return real(*args)
 
     real = images.pixels
     monkeypatch.setattr(images, "pixels", slow)
+    monkeypatch.setattr(server.service.api, "max_waiting", 1)  # prompts that are read: images wait elsewhere
+    monkeypatch.setattr(server.service.api, "_looking", Room(1))
     thread = threading.Thread(target=said, args=(server, body(picture(1), "?")))
     thread.start()
     assert begun.wait(10)
     began = time.monotonic()
     said(server, body("a text"))
+    status, answer = server.post(CHAT, body(picture(2), "?"))
+    assert (status, answer["error"]["code"]) == (429, "images_full")
     assert b" 200 " in server.raw(b"GET /health HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n")
     assert time.monotonic() - began < 5 and thread.is_alive()
     go.set()
