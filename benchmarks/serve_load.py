@@ -111,7 +111,8 @@ def measure(url: str, model: str, pid: int, options: argparse.Namespace, write=l
 
 def of_foveal(url: str, words: int, cache: int, most: float = 60.0) -> dict[str, Any]:
     """What only a Foveal server tells: whether it comes back to nothing once clients have hung up (within `most` seconds), and
-    conversations of so many words that fit into `cache` bytes, by what one holds while it is answered and while its prompt is read."""
+    conversations of so many words that fit into `cache` bytes, by what one holds while it is answered and while its prompt is read (a
+    server lets in fewer, for it keeps room for further tokens of each: `serve_load_held` counts them)."""
     began = time.monotonic()
     while any(busy := _busy(metrics(url))) and time.monotonic() - began < most:
         time.sleep(0.02)

@@ -336,7 +336,7 @@ def load(result: dict) -> str:
         f"{s['clients']} clients, prompts of {min(s['lengths'])} to {max(s['lengths']):,} words, answers of at most {s['answer']} tokens, "
         f"{s['seconds'] / 60:.0f} minutes after a warm-up of {s['warmup']:.0f} seconds; each server on {s['cores']} cores of its own.",
         "",
-        "| server | requests a minute | tokens / s | first token, s | between, s | held in {:g} GiB | errors | memory |".format(
+        "| server | requests a minute | tokens / s | first token, s | between, s | fit in {:g} GiB | errors | memory |".format(
             s["memory"]
         ),
         "| --- |" + " ---: |" * 6 + " --- |",
@@ -357,7 +357,7 @@ def load(result: dict) -> str:
         lines.append(
             f"| {SERVERS[name]} | " + " | ".join(map(str, [*cells, sum(r["errors"].values()), flat + idle])) + " |"
         )
-    told = "Times are medians and 99th of a hundred; held are conversations of about 1,600 tokens"
+    told = "Times are medians and 99th of a hundred; conversations of about 1,600 tokens fit by the bytes of one alone"
     if any(r.get("conversation_note") for r in result["servers"].values()):
         told += " (\\*: by a cache filled apart from the server, where the answer to such a prompt ended at once)"
     return "\n".join([*lines, "", f"{told}."])

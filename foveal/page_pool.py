@@ -103,22 +103,22 @@ def filled(pool: Pages, key: Tensor, value: Tensor) -> Pages:
 
 def end_to_end(blocks: Sequence[PageRows]) -> tuple[Pages, dict[str, Tensor], Tensor]:
     """A pool and planes of all their rows, each block's pages after those of the one before, and the stack of free pages."""
-    pools_, first = [b.pool for b in blocks], blocks[0]
-    sizes = [len(p.key) for p in pools_]
+    old, first = [b.pool for b in blocks], blocks[0]
+    sizes = [len(p.key) for p in old]
     begin, free = list(accumulate(sizes, initial=0)), [b.free[: b.spare_pages] for b in blocks]
     shift = lambda counts: torch.tensor(
         [n for n, c in zip(begin, counts, strict=False) for _ in range(c)], dtype=torch.int32
     )
     by_row, by_page = (
-        shift(map(len, x)).to(first.device, non_blocking=True) for x in ([p.table for p in pools_], free)
+        shift(map(len, x)).to(first.device, non_blocking=True) for x in ([p.table for p in old], free)
     )
     made = {}
     for name in ("key", "value", "key_scale", "value_scale"):
-        parts = [getattr(p, name) for p in pools_]
+        parts = [getattr(p, name) for p in old]
         if parts[0] is not None:
             made[name] = torch.cat([as_bytes(x) for x in parts]).view(parts[0].dtype)
-    table = _stacked([p.table for p in pools_], 0) + by_row[:, None]
-    pool = dataclasses.replace(first.pool, **made, table=table, length=torch.cat([p.length for p in pools_]))
+    table = _stacked([p.table for p in old], 0) + by_row[:, None]
+    pool = dataclasses.replace(first.pool, **made, table=table, length=torch.cat([p.length for p in old]))
     planes = {name: _stacked([b.planes[name] for b in blocks], first.fills[name]) for name in first.planes}
     free = torch.cat(free) + by_page
     return pool, planes, torch.cat([free, free.new_zeros(begin[-1] - len(free))])

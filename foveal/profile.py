@@ -39,7 +39,7 @@ class Profile:
         differs = [key for key, value in self.model.items() if key != "name" and here.get(key) != value]
         if differs:
             raise InputError(
-                f"this profile was made for {self.model.get('name', 'another model')}, but the model is {here['name']} "
+                f"this profile was made for {self.model.get('name') or 'another model'}, but the model is {here['name']} "
                 f"({', '.join(differs)} differ): run `foveal tune {here['name']}`"
             )
 

@@ -43,7 +43,7 @@ class ImageLimits:
     count: int = 8
     nbytes: int = 10 << 20
     pixels: int = 4096 * 4096
-    memory: int = 5 << 28
+    memory: int = 3 << 29
     seconds: float = 3.0
 
     @property
@@ -214,9 +214,10 @@ def _decoded(image: Image) -> Image:
 
 
 def decoded_bytes(sizes: Sequence[tuple[int, int]]) -> int:
-    """What images of these sizes take: 4 bytes a pixel, and 16 more of the one that is being decoded (a WebP's; a JPEG's are 8)."""
+    """What images of these sizes take: 4 bytes a pixel, 3 as the processor takes them, 16 more of the one that is being decoded (a
+    WebP's; a JPEG's are 8)."""
     counts = [width * height for width, height in sizes]
-    return 4 * sum(counts) + 16 * max(counts)
+    return 7 * sum(counts) + 16 * max(counts)
 
 
 class Viewer:

@@ -70,7 +70,7 @@ class Plan:
     @property
     def wanted(self) -> str | None:
         """The model named here, else the profile's; None is the default model."""
-        return self.model or (load_profile(self.profile).model.get("name") if self.profile else None)
+        return self.model or (load_profile(self.profile).model.get("name") if self.profile else None) or None
 
     @property
     def keys(self) -> Keys:
@@ -205,15 +205,18 @@ class Plan:
 
 def _reads_images(source: str | None) -> bool:
     try:
-        return source not in (None, DEFAULT_MODEL) and reads_images(source)
-    except (OSError, ValueError) as error:
+        # Of a file that is no folder loading says so, and does not read it for that.
+        return source not in (None, DEFAULT_MODEL) and Path(source).is_dir() and reads_images(source)
+    except Exception as error:
         raise explained(str(source), error, local=True) from error
 
 
 def safe_source(model: str | None) -> str | None:
     """A name `foveal.load` takes; for a hub id the folder of its safetensors and what belongs to them, with nothing else."""
-    if model in (None, DEFAULT_MODEL) or Path(model).expanduser().exists():
+    if model in (None, DEFAULT_MODEL):
         return model
+    if (local := Path(model).expanduser()).exists():
+        return str(local)
     import huggingface_hub
 
     for offline in (True, False):

@@ -18,7 +18,7 @@ import foveal
 from foveal.methods.keep import attribution
 from foveal.methods.keep.attribution import by_the_model, decompx, globenc, projections, shares
 from foveal.methods.keep.frugal_prompt import FrugalPrompt, lex_rank, scaled
-from foveal.methods.keep.words import packed, split
+from foveal.methods.keep.words import packed, split, tokenizer_of
 from foveal.prompt import Prompt
 
 N = 40
@@ -234,6 +234,18 @@ def test_words_and_sentences(tokenizer):
     ]
     assert "".join(words.texts) == text and words.tokens([3, 5]) == [*range(*words.spans[3]), *range(*words.spans[5])]
     assert [len(s) for s in split(range(150), None).sentences] == [64, 64, 22]
+
+
+def test_a_model_s_tokenizer_is_loaded_once(tokenizer, tmp_path):
+    model = tiny("llama", fresh=True)
+    assert tokenizer_of(model) is None
+    for name in ("one", "two"):
+        tokenizer.add_tokens(name)
+        tokenizer.save_pretrained(tmp_path / name)
+        model.name_or_path = str(tmp_path / name)
+        found = tokenizer_of(model)
+        assert name in found.get_vocab() and tokenizer_of(model) is found
+    assert tokenizer_of(tiny("qwen2")) is None
 
 
 def test_pieces_are_packed_whole():

@@ -4,6 +4,7 @@
 
 import argparse
 import asyncio
+import itertools
 import json
 import os
 import subprocess
@@ -23,6 +24,7 @@ from http_server import running
 sys.path.insert(0, str(Path(__file__).parents[2]))  # the scripts are no part of the package
 from benchmarks.serve_clients import Load, drive, memory, metrics, quantiles
 from benchmarks.serve_load import Watch, main, measure, of_foveal
+from benchmarks.serve_load_held import fill
 from foveal.serve.app import Service
 
 TOKENIZER = byte_tokenizer()
@@ -120,3 +122,23 @@ def test_runs_are_gathered_into_one_file(tmp_path):
     assert list(json.loads(out.read_text())["servers"]) == ["dense", "transformers"]
     with pytest.raises(SystemExit, match="same settings"):
         main(["gather", file("dense", 64), file("half", 8), "--out", str(out)])
+
+
+def test_a_full_server_holds_who_is_answered():
+    """Three places; the second conversation ends, and another takes its place."""
+    texts = [TOKENIZER(f"{i} and a text")["input_ids"] for i in range(5)]
+
+    def script(request):
+        return [65] * 4 if request.prompt_ids == texts[1] else itertools.repeat(65)
+
+    worker = FakeWorker(TOKENIZER, script, step=0.02, context=10_000, max_running=3)
+    with running(Service(worker, TOKENIZER, name="model")) as server:
+        found = asyncio.run(fill(server.url, texts, settle=8, seconds=30))
+        assert (found["held"], found["running"], found["most_running"], found["waiting"]) == (3, 3, 3, 1)
+        assert found["ended"] == 1 and found["stepped_back"] == 0
+        assert found["kv_bytes"] >= BYTES * 3 * len(texts[0])
+        assert server.idle()
+        with pytest.raises(RuntimeError, match="not full with 3 of 3"):
+            asyncio.run(fill(server.url, [texts[0], *texts[2:4]], settle=8, seconds=30))
+        with pytest.raises(RuntimeError, match="status 400"):
+            asyncio.run(fill(server.url, [[10**6]], seconds=30))

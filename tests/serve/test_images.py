@@ -7,6 +7,7 @@ import json
 import socket
 import threading
 import time
+from pathlib import Path
 
 import pytest
 import torch
@@ -25,7 +26,7 @@ import foveal
 from foveal.errors import InputError, ModelFileError, UnsupportedModel
 from foveal.hub import load_processor, reads_images
 from foveal.serve.images import places
-from foveal.serve.launch import Plan
+from foveal.serve.launch import Plan, _reads_images, safe_source
 from foveal.serve.scheduler import AHEAD
 from foveal.serve.schema import ChatRequest
 from foveal.serve.sight import Sight
@@ -300,6 +301,20 @@ def test_a_folder_is_served_as_it_is(folder):
         wanted = generated("idefics3", picture(1), "What is this?")[0]
         assert said(found, body(picture(1), "What is this?", model=folder))[0] == wanted
         assert found.service.details["images"] is True
+
+
+def test_a_path_is_looked_at_with_care(folder, tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(Path(folder).parent))
+    assert _reads_images(safe_source(f"~/{Path(folder).name}"))
+    file = tmp_path / "model.gguf"
+    file.write_bytes(b"GGUF\xff")
+    with pytest.raises(ModelFileError, match="is a file"):
+        Plan(model=str(file), device="cpu").worker()
+    damaged = tmp_path / "damaged"
+    damaged.mkdir()
+    (damaged / "config.json").write_text("[]")
+    with pytest.raises(ModelFileError, match="can load"):
+        _reads_images(str(damaged))
 
 
 def test_without_pillow_the_start_says_what_to_install(folder, monkeypatch):

@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
+from weakref import WeakKeyDictionary
 
-from transformers import AutoTokenizer
+from transformers import AutoTokenizer, PreTrainedModel
 
 from ...default_model import DEFAULT_MODEL, default_folder
 from ...errors import InputError
 
 ENDS = (".", "!", "?", "\u3002", "\uff01", "\uff1f")
 _CLOSING = "\"')]\u201d\u2019\u00bb"
+
+
+# loading takes a second: the name of what was loaded beside a model, and its tokenizer
+_TOKENIZERS: WeakKeyDictionary[PreTrainedModel, tuple[str, Any]] = WeakKeyDictionary()
 
 
 class Words(NamedTuple):
@@ -28,15 +33,19 @@ class Words(NamedTuple):
 
 
 def tokenizer_of(model):
-    """The tokenizer kept beside a model; None for a model that was never loaded from anywhere.
+    """The tokenizer kept beside a model, loaded once; None for a model that was never loaded from anywhere. Only to be read.
 
     Raises InputError where the model came from somewhere and its tokenizer is not there.
     """
     name = model.name_or_path
     if not name:
         return None
+    if _TOKENIZERS.get(model, ("",))[0] == name:
+        return _TOKENIZERS[model][1]
     try:
-        return AutoTokenizer.from_pretrained(default_folder() if name == DEFAULT_MODEL else name, local_files_only=True)
+        folder = default_folder() if name == DEFAULT_MODEL else name
+        _TOKENIZERS[model] = name, AutoTokenizer.from_pretrained(folder, local_files_only=True)
+        return _TOKENIZERS[model][1]
     except (OSError, ValueError) as error:
         raise InputError(
             f"expected the tokenizer of {name} beside it, which tells words from tokens: load the model with foveal.load"
