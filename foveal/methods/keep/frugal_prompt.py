@@ -171,9 +171,9 @@ def lex_rank(sentences: Sequence[Sequence[str]], damping: float = 0.85) -> list[
     idf = {w: math.log(n / c) + 1e-6 for w, c in Counter(w for bag in bags for w in bag).items()}
     places = {w: i for i, w in enumerate(idf)}
     vectors = torch.zeros(n, max(1, len(places)), dtype=torch.float64)
-    for i, bag in enumerate(bags):
-        for w, count in bag.items():
-            vectors[i, places[w]] = count * idf[w]
+    found = [(i, places[w], count * idf[w]) for i, bag in enumerate(bags) for w, count in bag.items()]
+    row, column, value = torch.tensor(found, dtype=torch.float64).reshape(-1, 3).T
+    vectors[row.long(), column.long()] = value
     unit = vectors / vectors.norm(dim=1, keepdim=True).clamp(min=1e-12)
     alike = unit @ unit.T + torch.eye(n, dtype=torch.float64) * (vectors.norm(dim=1) == 0)[:, None]
     step = alike / alike.sum(1, keepdim=True)
