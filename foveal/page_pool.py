@@ -109,9 +109,7 @@ def end_to_end(blocks: Sequence[PageRows]) -> tuple[Pages, dict[str, Tensor], Te
     shift = lambda counts: torch.tensor(
         [n for n, c in zip(begin, counts, strict=False) for _ in range(c)], dtype=torch.int32
     )
-    by_row, by_page = (
-        shift(map(len, x)).to(first.device, non_blocking=True) for x in ([p.table for p in old], free)
-    )
+    by_row, by_page = (shift(map(len, x)).to(first.device, non_blocking=True) for x in ([p.table for p in old], free))
     made = {}
     for name in ("key", "value", "key_scale", "value_scale"):
         parts = [getattr(p, name) for p in old]
