@@ -106,10 +106,11 @@ def end_to_end(blocks: Sequence[PageRows]) -> tuple[Pages, dict[str, Tensor], Te
     old, first = [b.pool for b in blocks], blocks[0]
     sizes = [len(p.key) for p in old]
     begin, free = list(accumulate(sizes, initial=0)), [b.free[: b.spare_pages] for b in blocks]
-    shift = lambda counts: torch.tensor(
-        [n for n, c in zip(begin, counts, strict=False) for _ in range(c)], dtype=torch.int32
+    shift = torch.tensor(begin[:-1], dtype=torch.int32)
+    by_row, by_page = (
+        shift.repeat_interleave(torch.tensor([len(x) for x in parts])).to(first.device, non_blocking=True)
+        for parts in ([p.table for p in old], free)
     )
-    by_row, by_page = (shift(map(len, x)).to(first.device, non_blocking=True) for x in ([p.table for p in old], free))
     made = {}
     for name in ("key", "value", "key_scale", "value_scale"):
         parts = [getattr(p, name) for p in old]

@@ -219,11 +219,14 @@ class PageRows(Rows):
 
     def _append_many(self, key: Tensor, value: Tensor, ids: Tensor) -> None:
         lengths, extra, have = self.lengths(), key.shape[1], self.spare_pages
-        taken = [(row, page) for row, n in enumerate(lengths) for page in range(pages_of(n), pages_of(n + extra))]
-        if taken:
-            at = torch.tensor(taken).T.to(self.device, non_blocking=True)
-            self.pool.table[at[0], at[1]] = self.free[have - len(taken) : have]
-            self.top.fill_(have - len(taken))
+        first = torch.tensor([pages_of(n) for n in lengths])
+        counts = torch.tensor([pages_of(n + extra) for n in lengths]) - first
+        new, row = int(counts.sum()), torch.arange(len(lengths)).repeat_interleave(counts)
+        if new:
+            page = torch.arange(new) - (counts.cumsum(0) - counts - first).repeat_interleave(counts)
+            row, page = torch.stack([row, page]).to(self.device, non_blocking=True)
+            self.pool.table[row, page] = self.free[have - new : have]
+            self.top.fill_(have - new)
         slots = self.pool.length.long()[:, None] + torch.arange(extra, device=self.device)
         put(self.pool, slots, key, value)
         if self.pool.recent is not None:

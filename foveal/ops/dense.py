@@ -33,10 +33,8 @@ from foveal.ops.route import Route, hopper, no_kernel, routed
 
 # A hidden logit is finite, so that a row of hidden keys stays free of NaN and can be told by its log-sum-exp.
 HIDDEN = -1e30
-_FEW, _SMALL = (
-    128,
-    1 << 17,
-)  # queries, and keys times heads, below which a mask and spread keys cost less than block lists
+# Queries, and keys times heads, to which a mask and spread keys cost less than block lists.
+_FEW, _SMALL = 128, 1 << 17
 _LONG = 4096  # queries from which the block kernel beats PyTorch's choice on a Hopper
 _TILE_NUMBERS = 1 << 20  # logits of one tile on a CPU: a few MB, so that it stays in the cache between passes
 
@@ -105,11 +103,11 @@ def _route(q, k, v, *, scale, softcap=None, sinks=None, bias=None, mass=None, ne
         return Route("sdpa", "a fused backward")
     if q.is_cpu:
         return Route("torch", "tiles around PyTorch's fused CPU kernel")
+    if plain and not need_lse and 1 < q.shape[2] <= _FEW and q.shape[1] * k.shape[2] <= _SMALL:
+        return Route("sdpa", "few queries over a short past: the block kernel's lists take longer than the work")
     from .blocks import kernel_misfit
 
     why = kernel_misfit(q, k, v, scale=scale, softcap=softcap, bias=bias, mass=mass)
-    if plain and not need_lse and 1 < q.shape[2] <= _FEW and q.shape[1] * k.shape[2] <= _SMALL:
-        return Route("sdpa", "few queries over a short past: the block kernel's lists take longer than the work")
     more = need_lse or not whole or bias is not None or mass is not None
     if why is None and (more or (hopper(q) and q.shape[2] >= _LONG)) and q.shape[2] > 1:
         return Route(

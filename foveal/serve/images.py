@@ -138,26 +138,19 @@ def check_places(found: Sequence[Place], request: ChatRequest, limits: ImageLimi
 
 def file_of(place: Place, limits: ImageLimits) -> bytes:
     """The file in a `data:` URL. Raises ApiError 400 for any other URL, and for base64 that is damaged or too long."""
-    url = place.part.image_url.url
+    url, too_long = place.part.image_url.url, f"the file has more than {limits.nbytes:,} bytes: send a smaller one"
     head = _DATA.match(url)
     if head is None:
-        raise place.refusal(
-            "expected a URL that begins with data:image/png;base64, (or jpeg, webp, gif): "
-            "this server was started without --image-hosts, so it fetches none"
-            if place.is_remote
-            else "expected a URL that begins with data:image/png;base64, (or jpeg, webp, gif)"
-        )
+        why = ": this server was started without --image-hosts, so it fetches none" if place.is_remote else ""
+        raise place.refusal("expected a URL that begins with data:image/png;base64, (or jpeg, webp, gif)" + why)
     if (len(url) - head.end()) // 4 * 3 > limits.nbytes + 2:
-        raise place.refusal(f"the file has more than {limits.nbytes:,} bytes: send a smaller one")
+        raise place.refusal(too_long)
     try:
         data = binascii.a2b_base64(url[head.end() :].encode("ascii"), strict_mode=True)
     except ValueError:  # binascii's own among them
         raise place.refusal("the base64 of the image is damaged") from None
     if not data or len(data) > limits.nbytes:
-        sentence = (
-            f"the file has more than {limits.nbytes:,} bytes: send a smaller one" if data else "the file is empty"
-        )
-        raise place.refusal(sentence)
+        raise place.refusal(too_long if data else "the file is empty")
     return data
 
 
