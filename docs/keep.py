@@ -4,12 +4,21 @@ import importlib.util
 import json
 import math
 import re
+import sys
 from pathlib import Path
+from types import ModuleType
 from typing import NamedTuple
 
-_BESIDE = importlib.util.spec_from_file_location("published", Path(__file__).with_name("published.py"))
-published = importlib.util.module_from_spec(_BESIDE)
-_BESIDE.loader.exec_module(published)
+
+def _beside(name: str) -> ModuleType:
+    """A file of this folder, which the site's builder does not have on its path."""
+    spec = importlib.util.spec_from_file_location(name, Path(__file__).with_name(f"{name}.py"))
+    sys.modules[name] = module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+published, reading = _beside("published"), _beside("reading")
 
 RESULTS = Path(__file__).resolve().parent.parent / "benchmarks" / "results"
 PAGES = ("keep.md", "compare.md", "kvpress.md", "tune.md", "serve.md")
@@ -181,7 +190,7 @@ TABLES = {
     "tune": published.tune,
     "serve-load-cpu": published.load,
 }
-READINGS = {"compare-ruler": published.reading, "keep-h100": beside_papers}
+READINGS = {"compare-ruler": reading.reading, "keep-h100": beside_papers}
 COMMANDS = {
     "keep-h100": "python -m benchmarks.keep",
     "stream-h100": "python -m benchmarks.stream",

@@ -1,6 +1,6 @@
 """Tables and their reading for the pages, made from the committed results of `benchmarks.compare_table` and `benchmarks.kvpress_side`."""
 
-BASELINES = ("dense", "random-keep", "streaming-llm")
+import re
 
 
 def machine(meta: dict) -> str:
@@ -25,7 +25,7 @@ def compare(result: dict) -> str:
     for length in sorted({r["length"] for r in rows}):
         here = [r for r in rows if r["length"] == length]
         dense = next((r for r in here if r["method"] == "dense"), None)
-        told = "not measured" if dense is None or "score" not in dense else f"{_percent(dense['score'])}"
+        told = "not measured" if dense is None or "score" not in dense else f"{percent(dense['score'])}"
         parts.append(f"### {length:,} tokens\n\nDense: {told}.\n\n" + _by_budget(here))
         parts.append(_by_task(here))
     parts += [] if attends else [_speeds(rows)]
@@ -34,31 +34,40 @@ def compare(result: dict) -> str:
 
 
 def _by_budget(rows: list[dict]) -> str:
-    budgets = _budgets(rows)
+    shares = budgets(rows)
     lines = [
-        "| method | " + " | ".join(f"{_share(b)}: score | ± dense | held, read" for b in budgets) + " |",
-        "| --- |" + " ---: | ---: | ---: |" * len(budgets),
+        "| method | " + " | ".join(f"{share(b)}: score, ±\u00a0dense | held, read" for b in shares) + " |",
+        "| --- |" + " ---: | ---: |" * len(shares),
     ]
     for name in dict.fromkeys(r["method"] for r in rows if r["method"] != "dense"):
         cells = []
-        for b in budgets:
+        for b in shares:
             r = next((r for r in rows if r["method"] == name and r["budget"] == b), {})
-            cells += [_percent(r.get("score")), _gain(r), _held(r)] if "score" in r else ["", "", ""]
+            cells += [f"{percent(r['score'])}, {_gain(r)}", _held(r)] if "score" in r else ["", ""]
         lines.append(f"| `{name}` | " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
 
 def _by_task(rows: list[dict]) -> str:
     """The tasks one by one, at the middle budget."""
-    budgets = _budgets(rows)
-    middle = budgets[len(budgets) // 2]
+    shares = budgets(rows)
+    middle = shares[len(shares) // 2]
     chosen = [r for r in rows if "tasks" in r and (r["method"] == "dense" or r["budget"] == middle)]
-    names = list(dict.fromkeys(t for r in chosen for t in r["tasks"]))
-    if not names:
+    alike: dict[str, list[str]] = {}  # tasks that differ in a last number share a column
+    for t in dict.fromkeys(t for r in chosen for t in r["tasks"]):
+        alike.setdefault(re.sub(r"_\d+$", "", t), []).append(t)
+    if not alike:
         return ""
-    lines = [f"| at {_share(middle)} | " + " | ".join(names) + " |", "| --- |" + " ---: |" * len(names)]
+    heads = [
+        " / ".join([some[0].replace("_", "_<wbr>"), *(t.rsplit("_", 1)[1] for t in some[1:])])
+        for some in alike.values()
+    ]
+    lines = [f"| at {share(middle)} | " + " | ".join(heads) + " |", "| --- |" + " ---: |" * len(heads)]
     for r in chosen:
-        cells = [_percent(r["tasks"][t][0]) if t in r["tasks"] else "" for t in names]
+        cells = [
+            " / ".join(f"{100 * r['tasks'][t][0]:.3g}" if t in r["tasks"] else "-" for t in some)
+            for some in alike.values()
+        ]
         lines.append(f"| `{r['method']}` | " + " | ".join(cells) + " |")
     return f"#### Task by task, {rows[0]['length']:,} tokens\n\n" + "\n".join(lines)
 
@@ -73,7 +82,7 @@ def _speeds(rows: list[dict]) -> str:
         "| --- |" + " ---: |" * 5,
     ]
     for r in timed:
-        what = "" if r["method"] == "dense" else _share(r["budget"])
+        what = "" if r["method"] == "dense" else share(r["budget"])
         cells = f"{1e3 * r['prefill_s']:,.0f}", f"{r['decode_tok_s']:,.0f}", f"{r['peak_bytes'] / 1e6:,.0f}"
         lines.append(f"| `{r['method']}` | {what} | " + " | ".join(cells) + f" | {r['bytes'] / 1e6:,.1f} |")
     head = f"### Speed and memory\n\nOne sequence of {length:,} tokens alone on a GPU that does nothing else"
@@ -91,7 +100,7 @@ def _costs(rows: list[dict]) -> str:
     for r in timed:
         share = f"{100 * r['attention_ms'] / dense['attention_ms']:.0f} %" if dense else ""
         cells = [
-            "" if r["method"] == "dense" or r["budget"] is None else _share(r["budget"]),
+            "" if r["method"] == "dense" or r["budget"] is None else share(r["budget"]),
             f"{r['bytes'] / 1e6:,.1f}",
             f"{100 * r['kept']:.0f} %",
             f"{r['attention_ms']:.2f}",
@@ -111,61 +120,9 @@ def _missing(rows: list[dict]) -> str:
     for r in rows:
         for why in dict.fromkeys(r.get("missing", {}).values()):
             tasks = ", ".join(t for t, w in r["missing"].items() if w == why)
-            name = r["method"] if r["method"] == "dense" else f"{r['method']} at {_share(r['budget'])}"
+            name = r["method"] if r["method"] == "dense" else f"{r['method']} at {share(r['budget'])}"
             lines.append(f"- {name}, {r['length']:,} tokens, {tasks}: {why}")
     return "Not whole, and so not in the means:\n\n" + "\n".join(lines) if lines else ""
-
-
-# ---------------------------------------------------------------------- what the table says
-
-
-def reading(result: dict) -> str:
-    """For each length and budget: who is as good as dense, who leads, who is no better than what costs no thought."""
-    rows = [r for r in result["rows"] if r.get("gain") and r["method"] != "dense" and "missing" not in r]
-    if not rows:
-        return "The run is not whole yet."
-    parts = []
-    for length in sorted({r["length"] for r in rows}):
-        lines = [f"**{length:,} tokens**\n"]
-        for b in sorted({r["budget"] for r in rows}, reverse=True):
-            here = [r for r in rows if r["length"] == length and r["budget"] == b]
-            if here:
-                lines.append(f"- At {_share(b)}: {_read_budget(here)}")
-        parts.append("\n".join(lines))
-    return "\n\n".join(parts)
-
-
-def _read_budget(rows: list[dict]) -> str:
-    frees = [r for r in rows if r["kept"] < 0.9]
-    reads = [r for r in rows if r not in frees]
-    same = [r for r in rows if r["gain"][2] >= 0]
-    out = []
-    if same:
-        out.append(f"not told from dense: {_names(same)}")
-    for what, some in (("of those that free memory", frees), ("of those that keep every key", reads)):
-        some = sorted((r for r in some if r["method"] not in BASELINES), key=lambda r: -r["score"])
-        if some:
-            best = some[0]
-            near = [r for r in some[1:] if r["gain"][2] >= best["gain"][1]]
-            told = f"{what} `{best['method']}` leads with {_percent(best['score'])} ({_gain(best)})"
-            out.append(told + (f", too close to call with {_names(near)}" if near else ""))
-    plain = [r for r in frees if r["method"] in BASELINES]
-    if plain:
-        bar = max(plain, key=lambda r: r["score"])
-        worse = [r for r in frees if r["method"] not in BASELINES and r["gain"][0] <= bar["gain"][2]]
-        told = f"`{bar['method']}`, which looks at nothing, has {_percent(bar['score'])}"
-        out.append(
-            told + (f", and these are not above it: {_names(worse)}" if worse else ", and all others are above it")
-        )
-    over = [r for r in frees if r["kept"] > 1.15 * r["budget"]]
-    if over:
-        held = ", ".join(f"`{r['method']}` ({_share(r['kept'])})" for r in over)
-        out.append(f"more bytes than the budget says: {held}")
-    return "; ".join(out) + "."
-
-
-def _names(rows: list[dict]) -> str:
-    return ", ".join(f"`{r['method']}`" for r in rows)
 
 
 # ---------------------------------------------------------------------- beside kvpress
@@ -194,13 +151,27 @@ def kvpress(result: dict) -> str:
         ),
     ]
     if meta["failed"]:
-        parts.append("\n".join(f"- {side}, {m} at {_share(b)}: {why}" for side, m, b, why in meta["failed"]))
+        parts.append("\n".join(f"- {side}, {m} at {share(b)}: {why}" for side, m, b, why in meta["failed"]))
+    if told := _times(rows):
+        parts.append(told)
     versions = meta["versions"]
     parts.append(
         "Foveal {foveal}, transformers {transformers}; ".format(**versions["foveal"])
         + "kvpress {kvpress}, transformers {transformers}.".format(**versions["kvpress"])
     )
     return "\n\n".join(parts)
+
+
+def _times(rows: list[dict]) -> str:
+    """Foveal's seconds in kvpress's, from the least to the most of all rows."""
+    sides = {(r["method"], r["budget"], r["side"]): r for r in rows}
+    told = []
+    for what, key in (("a token", "token_ms"), ("reading", "read_s")):
+        pairs = [(r[key], sides.get((m, b, "kvpress"), {}).get(key)) for (m, b, s), r in sides.items() if s == "foveal"]
+        shares = [ours / theirs for ours, theirs in pairs if ours and theirs]
+        if shares:
+            told.append(f"{what} {min(shares):.2f} to {max(shares):.2f}")
+    return f"Foveal's time as a multiple of kvpress's: {', '.join(told)}." if told else ""
 
 
 def _beside(rows: list[dict], key: tuple[str, float]) -> str:
@@ -210,7 +181,7 @@ def _beside(rows: list[dict], key: tuple[str, float]) -> str:
         return " / ".join(show(sides[s]) if s in sides else "-" for s in ("foveal", "kvpress"))
 
     over = sides.get("foveal", {}).get("over_kvpress")
-    gap = "" if over is None else _points(over["mean"], over["low"], over["high"])
+    gap = "" if over is None else points(over["mean"], over["low"], over["high"])
     cells = (
         both(lambda r: f"{100 * r['score']['mean']:.1f}"),
         gap,
@@ -219,7 +190,7 @@ def _beside(rows: list[dict], key: tuple[str, float]) -> str:
         both(lambda r: "-" if r["read_s"] is None else f"{1e3 * r['read_s']:.0f}"),
         both(lambda r: "-" if r["token_ms"] is None else f"{r['token_ms']:.1f}"),
     )
-    return f"| {key[0]} | {'' if key[0] == 'dense' else _share(key[1])} | " + " | ".join(cells) + " |"
+    return f"| {key[0]} | {'' if key[0] == 'dense' else share(key[1])} | " + " | ".join(cells) + " |"
 
 
 # ---------------------------------------------------------------------- a search
@@ -278,9 +249,9 @@ def _picture(rows: list, finals: list, limits: dict) -> str:
     for k in range(6):
         at = k / 4
         if at <= far:
-            parts.append(text(x(at), high - base + 16, _share(at), ' text-anchor="middle"'))
+            parts.append(text(x(at), high - base + 16, share(at), ' text-anchor="middle"'))
         if at <= top:
-            parts.append(text(left - 6, y(at) + 4, _share(at), ' text-anchor="end"'))
+            parts.append(text(left - 6, y(at) + 4, share(at), ' text-anchor="end"'))
     parts.append(text(wide, high - 4, "memory, of dense", ' text-anchor="end"'))
     parts.append(text(left + 6, 20, "score, of dense"))
     for r in sorted(rows, key=lambda r: r in finals):
@@ -300,30 +271,30 @@ def _tasks(rows: list[dict]) -> int:
     return max((len(r.get("tasks", {})) for r in rows), default=0)
 
 
-def _budgets(rows: list[dict]) -> list[float]:
+def budgets(rows: list[dict]) -> list[float]:
     return sorted({r["budget"] for r in rows if r["method"] != "dense" and r["budget"] is not None}, reverse=True)
 
 
-def _share(x: float) -> str:
+def share(x: float) -> str:
     return f"{100 * x:.3g} %"
 
 
-def _percent(x: float | None) -> str:
+def percent(x: float | None) -> str:
     return "" if x is None else f"{100 * x:.1f}"
 
 
 def _gain(row: dict) -> str:
-    return _points(*row["gain"]) if row.get("gain") else ""
+    return points(*row["gain"]) if row.get("gain") else ""
 
 
-def _points(mean: float, low: float, high: float) -> str:
-    return f"{100 * mean:+.1f} [{100 * low:+.1f}, {100 * high:+.1f}]"
+def points(mean: float, low: float, high: float) -> str:
+    return f"{100 * mean:+.1f} [{100 * low:+.1f},\u00a0{100 * high:+.1f}]"
 
 
 def _held(row: dict) -> str:
     read = row.get("read")
     less = read is not None and read < 0.995
-    return f"{100 * row['kept']:.0f} %" + (f", {100 * read:.0f} %" if less else "")
+    return f"{100 * row['kept']:.0f}\u00a0%" + (f", {100 * read:.0f}\u00a0%" if less else "")
 
 
 # ---------------------------------------------------------------------- a server under load

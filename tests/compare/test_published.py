@@ -120,25 +120,99 @@ def test_hundreds_of_rows_stay_small(results):
     assert len(json.loads(text)["rows"]) == 240 and len(text) < 250_000
 
 
-def test_the_pages_show_the_table_and_read_it(results, tmp_path):
-    (tmp_path / "compare-ruler-2026-11-22.json").write_text(written(published(results)))
-    text = page().filled("<!-- results: compare-ruler -->", tmp_path)
+def filled(mark, data, folder):
+    """What a page shows at a mark, with plain spaces."""
+    (folder / "compare-ruler-2026-11-22.json").write_text(written(data))
+    return page().filled(mark, folder).replace("\u00a0", " ")
+
+
+def test_the_pages_show_the_table(results, tmp_path):
+    text = filled("<!-- results: compare-ruler -->", published(results), tmp_path)
     assert "### 2,048 tokens\n\nDense: 70.0." in text
-    assert "| `snapkv` | 65.0 | -5.0 [-7.1, -2.2] | 25 % |" in text
-    assert "| `quest` | 70.0 | +0.0 [-2.1, +2.8] | 102 %, 26 % |" in text
-    assert "| `duo` |  |  |  |" in text
+    assert "| `snapkv` | 65.0, -5.0 [-7.1, -2.2] | 25 % |" in text
+    assert "| `quest` | 70.0, +0.0 [-2.1, +2.8] | 102 %, 26 % |" in text
+    assert "| `duo` |  |  |" in text
     assert "- duo at 25 %, 2,048 tokens, vt: no gates" in text
-    assert "| `streaming-llm` | 30.0 | 40.0 |" in text
+    assert "| at 25 % | niah | vt |" in text and "| `streaming-llm` | 30 | 40 |" in text
     assert "| `snapkv` | 25 % | 12 | 250 | 512 |" in text
     assert "One H100, torch 2.11, 2026-11-22; `compare-ruler-2026-11-22.json`, `foveal compare --methods all`." in text
-    told = page().filled("<!-- reading: compare-ruler -->", tmp_path)
+
+
+def test_tasks_of_one_kind_share_a_column(results, tmp_path):
+    scores = {"niah_single_1": 0.96, "vt": 0.072, "niah_single_2": 1.0, "cwe": 0.5}
+    results["records"] = [
+        record(method, budget, task, score, 0.0)
+        for method, budget in (("dense", 1.0), ("h2o", 0.25))
+        for task, score in scores.items()
+        if (method, task) != ("h2o", "niah_single_2")
+    ]
+    text = filled("<!-- results: compare-ruler -->", published(results), tmp_path)
+    assert "| at 25 % | niah_<wbr>single_<wbr>1 / 2 | vt | cwe |" in text
+    assert "| `dense` | 96 / 100 | 7.2 | 50 |" in text and "| `h2o` | 96 / - | 7.2 | 50 |" in text
+
+
+def test_the_table_is_read(results, tmp_path):
+    told = filled("<!-- reading: compare-ruler -->", published(results), tmp_path)
     assert told.startswith(
-        "**2,048 tokens**\n\n- At 25 %: not told from dense: `quest`; of those that free memory `snapkv` "
+        "Dense has 70.0 points. Cells are points more or less than dense's at each budget, at 2,048 tokens; "
     )
-    assert "leads with 65.0 (-5.0 [-7.1, -2.2]), too close to call with `h2o`" in told
-    assert "`streaming-llm`, which looks at nothing, has 35.0, and these are not above it: `scissorhands`" in told
-    assert told.endswith("more bytes than the budget says: `h2o` (40 %).")
+    assert "their 95 % intervals reach 2.1 to 2.8 points to either side." in told
+    frees, reads = told.split("### Methods that keep every key")
+    lines = [line for line in frees.splitlines() if line.startswith("| `")]
+    # scissorhands is half a point above streaming-llm, which its interval of 2.8 points hides
+    assert lines == [
+        "| `snapkv` | -5.0 |",
+        "| `h2o` | -7.0 |",
+        "| `scissorhands` | *-34.5* |",
+        "| `streaming-llm` | -35.0 |",
+    ]
+    assert "Bytes over 1.15 times the budget: `h2o` (40 %) at 25 % of 2,048 tokens." in frees
+    assert "| method | 25 % | a step reads, % |" in reads and "| `quest` | **+0.0** | 26 |" in reads
     assert "duo" not in told
+
+
+def test_lengths_stand_side_by_side_and_one_that_is_missing_is_a_dash(results, tmp_path):
+    results["records"] += [
+        record("dense", 1.0, "niah", 0.8, length=4096),
+        record("snapkv", 0.25, "niah", 0.79, -0.01, length=4096),
+        record("snapkv", 0.5, "niah", 0.4, -0.4, length=4096),
+    ]
+    told = filled("<!-- reading: compare-ruler -->", published(results), tmp_path)
+    assert told.startswith("Dense has 70.0 / 80.0 points.") and "at 2,048 / 4,096 tokens" in told
+    assert "| method | 50 % | 25 % |" in told
+    assert "| `snapkv` | - / -40.0 | -5.0 / **-1.0** |" in told and "| `h2o` | - / - | -7.0 / - |" in told
+
+
+def test_what_one_sequence_costs_names_who_is_far_from_the_others(results, tmp_path):
+    def alone(method, budget, prefill_s, decode_tok_s, peak, kept=None):
+        speed = {"prefill_s": prefill_s, "decode_tok_s": decode_tok_s, "peak_bytes": peak * 10**6}
+        held = {"kv_bytes": int(1e8 * (kept or budget)), "kv_bytes_dense": 10**8}
+        return record(method, budget, "niah", 0.5, **speed) | held
+
+    results["records"] = [
+        alone("dense", 1.0, 0.036, 400.0, 480),
+        alone("snapkv", 0.5, 0.08, 340.0, 440),
+        alone("snapkv", 0.25, 0.07, 342.0, 410),
+        alone("h2o", 0.5, 0.09, 310.0, 445, kept=0.52),
+        alone("h2o", 0.25, 0.11, 312.0, 415),
+        alone("tappa", 0.5, 0.4, 345.0, 439),
+        alone("tappa", 0.25, 0.7, 343.0, 416),
+        alone("quest", 0.5, 0.04, 300.0, 484, kept=1.02),
+        alone("hip", 0.5, 0.05, 18.0, 484, kept=1.02),
+        alone("hip", 0.25, 0.05, 21.0, 600, kept=1.02),
+        alone("frugal-prompt", 0.25, 0.16, 324.0, 852),
+    ]
+    for r in results["records"][1:]:
+        r |= {"gain": -0.1, "gain_low": -0.2, "gain_high": 0.0}
+    told = filled("<!-- reading: compare-ruler -->", published(results), tmp_path)
+    assert told.split("### What one sequence costs")[1].split("\n\n")[1:] == [
+        "Of 2,048 tokens, alone:",
+        "- **Cache**, MB: dense 100, 50 to 52 at 50 %, 25 at 25 %.\n"
+        "- **Peak, weights included**, MB: dense 480, methods that free memory 410 to 445, methods that keep every key 484 to 600, "
+        "`frugal-prompt` 852.\n"
+        "- **Reading**, ms: dense 36, methods that free memory 70 to 160, methods that keep every key 40 to 50, `tappa` 400 to 700.\n"
+        "- **Decoding**, tokens a second: dense 400, methods that free memory 310 to 345, methods that keep every key 300, `hip` 18 to 21.",
+    ]
 
 
 def test_the_page_on_kvpress_shows_both_sides(tmp_path):
@@ -173,13 +247,27 @@ def test_the_page_on_kvpress_shows_both_sides(tmp_path):
         },
     }
     (tmp_path / "kvpress-2026-11-22.json").write_text(json.dumps({"meta": meta, "rows": [row, other, alone]}))
-    text = page().filled((DOCS / "kvpress.md").read_text("utf-8"), tmp_path)
+    text = page().filled((DOCS / "kvpress.md").read_text("utf-8"), tmp_path).replace("\u00a0", " ")
     assert (
         "| snapkv | 12.5 % | 95.0 / 93.0 | +2.0 [-1.0, +5.0] | 0.130 / 0.130 | 400 / 400 | 30 / - | 4.0 / 4.0 |" in text
     )
     assert "| ada-kv | 12.5 % | 95.0 / - |  | 0.130 / - |" in text
     assert "- kvpress, ada-kv at 12.5 %: 3 of 200 prompts: ValueError" in text
     assert "kvpress 0.5.5, transformers 5.2." in text and "One H100, torch 2.11" in text
+    assert (
+        "Foveal's time as a multiple of kvpress's: a token 1.00 to 1.00." in text
+    )  # reading was timed by one side alone
+
+
+def test_seconds_beside_kvpress_are_ratios_within_a_row():
+    def timed(method, side, read_s, token_ms):
+        return {"method": method, "budget": 0.5, "side": side, "read_s": read_s, "token_ms": token_ms}
+
+    rows = [timed("a", "foveal", 0.08, 6.0), timed("a", "kvpress", 0.04, 18.0), timed("b", "kvpress", 0.02, 20.0)]
+    rows += [timed("b", "foveal", 0.06, 8.0), timed("c", "foveal", 9.0, 9.0)]
+    told = page().published._times(rows)
+    assert told == "Foveal's time as a multiple of kvpress's: a token 0.33 to 0.40, reading 2.00 to 3.00."
+    assert page().published._times(rows[-1:]) == ""
 
 
 def test_every_mark_of_the_pages_is_known(tmp_path):
