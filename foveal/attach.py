@@ -24,7 +24,7 @@ from .model_info import ModelInfo
 from .ops.formats import check_format
 from .ops.recent import check_window
 from .parts import Part
-from .prompt import PROMPT, recount, shorten, whole
+from .prompt import PROMPT, real_columns, recount, shorten, whole
 from .step import Pass
 from .store import Layout
 
@@ -162,7 +162,7 @@ class Session:
             raise InputError("the prompt is empty: give at least one token")
         places, length = None, x.shape[1]
         if PROMPT in self.active and not any(store.counts):
-            places = shorten(self, store, kwargs, _real_columns(kwargs.get("attention_mask"), *x.shape[:2], False))
+            places = shorten(self, store, kwargs, real_columns(kwargs.get("attention_mask"), *x.shape[:2], False))
             x = kwargs["input_ids"]
         elif any(store.unread):
             recount(store, kwargs, x.device, length)
@@ -262,8 +262,8 @@ class Session:
         decode = length == 1 and not fresh and not self._more and not store.reading
         ids = kwargs.get("input_ids")
         pass_ = Pass(self, store, counts, length, decode, not self._more, ids)
-        columns = _real_columns(mask, batch, length, decode)
-        pass_.added = [length if c is None else len(c) for c in columns]
+        columns = real_columns(mask, batch, length, decode)
+        pass_.added = [length if c is None else c.stop - c.start if isinstance(c, slice) else len(c) for c in columns]
         self._check_length(counts, pass_.added)
         if not decode:
             pass_.columns = columns
@@ -364,27 +364,6 @@ def _place(store: Store, pass_: Pass, kwargs: dict, device: torch.device) -> Non
     if apart and not store.by_column and kwargs.get("attention_mask") is None:
         first = torch.tensor(store.counts, device=device)
         kwargs["position_ids"] = first[:, None] + torch.arange(pass_.length, device=device)
-
-
-def _real_columns(mask: Tensor | None, batch: int, length: int, decode: bool) -> list[Tensor | None]:
-    """For each sequence the columns of this call that hold real tokens; None where all do."""
-    if mask is None:
-        return [None] * batch
-    if mask.shape[0] != batch or mask.shape[1] < length:
-        raise InputError(f"expected an attention mask [{batch}, at least {length}], got {list(mask.shape)}")
-    if decode:
-        # on a GPU looking would stall the device; there the newest column is taken to be real, as `generate` makes it
-        if mask.device.type == "cpu" and not mask[:, -1].detach().numpy().all():
-            raise InputError("a decode step has a masked newest column: drop finished sequences from the batch instead")
-        return [None] * batch
-    now = mask[:, -length:].bool()
-    if bool(now.all()):
-        return [None] * batch
-    columns = [row.nonzero().flatten() for row in now]
-    for b, c in enumerate(columns):
-        if len(c) == 0:
-            raise InputError(f"sequence {b} of the batch is empty: every row needs at least one real token")
-    return [None if len(c) == length else c for c in columns]
 
 
 def _mask(*, mask_function=causal_mask_function, config=None, local_size: int | None = None, **kwargs) -> Tensor | None:

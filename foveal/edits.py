@@ -73,9 +73,10 @@ class Reweigh:
 
 @dataclass(frozen=True)
 class Keep:
-    """What stays in the store after attention; exactly one of `mask` and `drop` is given.
+    """What stays in the store after attention; exactly one of `mask`, `slots` and `drop` is given.
 
     mask: bool [batch, kv_heads, T], True = stays. Order is kept, rows are packed again, memory is freed. For many keys at once.
+    slots: the same where every row keeps equally many keys, [batch, kv_heads, n] ascending slots; the host need not ask how many.
     drop: [batch, kv_heads] slots, one key a row leaves at constant cost (the last key moves into its place).
       `heads` limits this to some KV heads; with `optional`, slot -1 means that the row loses nothing.
     into: [batch, kv_heads] slots of kept keys that absorb what leaves their row as a mean weighted by the plane `mass`.
@@ -85,14 +86,19 @@ class Keep:
 
     mask: Tensor | None = None
     drop: Tensor | None = None
+    slots: Tensor | None = None
     into: Tensor | None = None
     heads: tuple[int, ...] | None = None
     optional: bool = False
     renumber: int = 0
 
     def __post_init__(self) -> None:
-        if (self.mask is None) == (self.drop is None):
-            raise InputError("Keep takes either `mask` (many keys) or `drop` (one key a row): give exactly one of them")
+        if sum(x is not None for x in (self.mask, self.slots, self.drop)) != 1:
+            raise InputError(
+                "Keep takes either `mask` or `slots` (many keys) or `drop` (one key a row): give exactly one of them"
+            )
+        if self.slots is not None and (self.into is not None or self.heads is not None or self.renumber):
+            raise InputError("Keep(slots=...) says only which keys stay: use `mask` with `into`, `heads` or `renumber`")
 
 
 @dataclass(frozen=True)

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 from .ops.formats import WIDTHS, code_like, encode
 from .ops.pages import Pages, as_bytes, pools
@@ -37,11 +38,17 @@ def new_pool(
         None if format is None else torch.zeros(pages, SIZE, WIDTHS[format], dtype=torch.float16, device=device)
         for _ in made
     ]
-    counts = torch.tensor([pages_of(n) for n in lengths])
-    page = torch.arange(int(counts.max()) if lengths else 0)
-    table = ((counts.cumsum(0) - counts)[:, None] + page) * (page < counts[:, None])
-    table, length = (x.to(device, torch.int32, non_blocking=True) for x in (table, torch.tensor(list(lengths))))
-    return Pages(*made, table, length, max(lengths, default=0), format, *scales)
+    most = max(lengths, default=0)
+    if most == min(lengths, default=0):  # the host need not send a list
+        each = pages_of(most)
+        table = torch.arange(len(lengths) * each, dtype=torch.int32, device=device).view(len(lengths), each)
+        length = torch.full((len(lengths),), most, dtype=torch.int32, device=device)
+    else:
+        counts = torch.tensor([pages_of(n) for n in lengths])
+        page = torch.arange(int(counts.max()))
+        table = ((counts.cumsum(0) - counts)[:, None] + page) * (page < counts[:, None])
+        table, length = (x.to(device, torch.int32, non_blocking=True) for x in (table, torch.tensor(list(lengths))))
+    return Pages(*made, table, length, most, format, *scales)
 
 
 def packed(pieces: Sequence[Piece]) -> tuple[Pages, dict[str, Tensor], list[int]]:
@@ -77,14 +84,32 @@ def _even(piece: Piece, positions: list[int], length: int) -> tuple[Pages, dict[
         at = torch.tensor(positions).to(block.device, non_blocking=True)
         pool = dataclasses.replace(pool, table=pool.table[at], length=pool.length[at])
         planes, order = {name: plane[at] for name, plane in planes.items()}, None if order is None else order[at]
-    if order is not None:
-        order, row = order[:, :length], torch.arange(len(positions), device=block.device)[:, None]
-    read = pool.read if order is None else lambda name, dtype: pool.gather(name, order, dtype)
-    made = {}
-    for name, plane in planes.items():
-        made[name] = plane.new_full((len(positions), round_up(length, SIZE), *plane.shape[2:]), block.fills[name])
-        made[name][:, :length] = plane[:, :length] if order is None else plane[row, order]
-    return filled(pool, read("key", pool.key.dtype), read("value", pool.value.dtype)), made
+    kind = pool.key.dtype, pool.value.dtype
+    if order is None:
+        kept = {name: plane[:, :length] for name, plane in planes.items()}
+        key, value = pool.read("key", kind[0]), pool.read("value", kind[1])
+    else:
+        order = order[:, :length]
+        kept = {name: taken(plane, order) for name, plane in planes.items()}
+        at = pool.at(order)
+        key, value = pool.gather("key", order, kind[0], at), pool.gather("value", order, kind[1], at)
+    return filled(pool, key, value), {name: filled_up(x, block.fills[name]) for name, x in kept.items()}
+
+
+def taken(plane: Tensor, slots: Tensor) -> Tensor:
+    """What a plane [rows, capacity, ...] holds at slots [rows, n]."""
+    return (
+        plane.gather(1, slots)
+        if plane.ndim == 2
+        else plane[torch.arange(len(slots), device=slots.device)[:, None], slots]
+    )
+
+
+def filled_up(x: Tensor, fill: float) -> Tensor:
+    """A copy of x [rows, n, ...] with slots up to the end of its last page."""
+    if x.shape[1] % SIZE == 0:
+        return x.clone(memory_format=torch.contiguous_format)
+    return pad(x, [0, 0] * (x.ndim - 2) + [0, -x.shape[1] % SIZE], value=fill)
 
 
 def filled(pool: Pages, key: Tensor, value: Tensor) -> Pages:
@@ -94,9 +119,8 @@ def filled(pool: Pages, key: Tensor, value: Tensor) -> Pages:
     for name, x in (("key", key), ("value", value)):
         coded = (x.to(pool.key.dtype),) if pool.format is None else encode(x, pool.format)
         for field, new in zip((name, name + "_scale"), coded, strict=False):
-            room = new.new_zeros(rows, pages * SIZE, new.shape[2])
-            as_bytes(room)[:, :length] = as_bytes(new)
-            made[field] = room.view(rows * pages, SIZE, -1)
+            # a copy in any case: others may hold on to what came
+            made[field] = filled_up(as_bytes(new), 0).view(new.dtype).view(rows * pages, SIZE, -1)
     table = torch.arange(rows * pages, dtype=torch.int32, device=key.device).view(rows, pages)
     return dataclasses.replace(pool, **made, table=table, length=torch.full_like(table[:, 0], length), bound=length)
 

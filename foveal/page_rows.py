@@ -14,10 +14,11 @@ from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 from .ops.pages import Pages, append_page_keys, as_bytes, pools, put
 from .ops.scores import pool_newest
-from .page_pool import SIZE, filled, pages_of
+from .page_pool import SIZE, filled, filled_up, pages_of
 from .rows import FIXED, Rows, round_up
 
 ROOM = 128  # keys a row grows by, at least: memory that moves costs a captured graph
@@ -158,9 +159,7 @@ class PageRows(Rows):
         for name in ("key", "value", "key_scale", "value_scale"):
             x = getattr(p, name)
             if x is not None:
-                new = x.new_zeros(old + more, *x.shape[1:])
-                as_bytes(new)[:old] = as_bytes(x)
-                grown[name] = new
+                grown[name] = pad(as_bytes(x), (0, 0, 0, 0, 0, more)).view(x.dtype)
         self.pool = dataclasses.replace(p, **grown)
         self.generation += 1
         fresh = torch.arange(old, old + more, dtype=torch.int32, device=self.device)
@@ -171,12 +170,10 @@ class PageRows(Rows):
         """Room for more slots in the rectangles and the page lists."""
         wanted = round_up(least, SIZE)
         for name, plane in self.planes.items():
-            new = plane.new_full((plane.shape[0], wanted, *plane.shape[2:]), self.fills[name])
-            new[:, : self._bound] = plane[:, : self._bound]
-            self.planes[name] = new
+            more = [0, 0] * (plane.ndim - 2) + [0, wanted - self._bound]
+            self.planes[name] = pad(plane[:, : self._bound], more, value=self.fills[name])
         table = self.pool.table
-        new = table.new_zeros(table.shape[0], wanted // SIZE)
-        new[:, : table.shape[1]] = table
+        new = pad(table, (0, wanted // SIZE - table.shape[1]))
         recent = None if self.pool.recent is None else self.pool.recent.resized(wanted)
         self.pool = dataclasses.replace(self.pool, table=new, recent=recent)
         self.pages.clear()
@@ -211,14 +208,19 @@ class PageRows(Rows):
         rows, extra = key.shape[:2]
         self.pool, capacity = filled(self.pool, key, value), pages_of(extra) * SIZE
         for name, plane in self.planes.items():
-            self.planes[name] = plane.new_full((rows, capacity, *plane.shape[2:]), self.fills[name])
-        self.planes["token"][:, :extra] = ids
+            if name == "token":
+                self.planes[name] = filled_up(ids.expand(rows, -1), self.fills[name])
+            else:
+                self.planes[name] = plane.new_full((rows, capacity, *plane.shape[2:]), self.fills[name])
         self.free = self.pool.table.flatten().clone()
         self.host, self._bound, self.assured = [extra] * rows, extra, 0
         self.generation += 1
 
     def _append_many(self, key: Tensor, value: Tensor, ids: Tensor) -> None:
         lengths, extra, have = self.lengths(), key.shape[1], self.spare_pages
+        if self.even and self.pool.format is None and self.pool.recent is None:
+            self._append_evenly(key, value, ids, have)
+            return
         first = torch.tensor([pages_of(n) for n in lengths])
         counts = torch.tensor([pages_of(n + extra) for n in lengths]) - first
         new, row = int(counts.sum()), torch.arange(len(lengths)).repeat_interleave(counts)
@@ -232,6 +234,24 @@ class PageRows(Rows):
         if self.pool.recent is not None:
             self.pool.recent.remember(slots, ids.expand(len(self.arange), -1), key, value)
         self.planes["token"].scatter_(1, slots, ids.expand(len(self.arange), -1).to(torch.int32))
+        self._appended(extra)
+
+    def _append_evenly(self, key: Tensor, value: Tensor, ids: Tensor, have: int) -> None:
+        """The same where all rows are equally long: what is computed a row there is known here."""
+        rows, extra, length = len(self.arange), key.shape[1], self.host[0]
+        first, last = length // SIZE, pages_of(length + extra)
+        if new := last - pages_of(length):
+            taken = slice(have - rows * new, have)
+            self.pool.table[:, last - new : last] = self.free[taken].view(rows, new)
+            self.top.fill_(taken.start)
+        inside = torch.arange(length - first * SIZE, length - first * SIZE + extra, device=self.device)
+        at = self.pool.table[:, first:last].index_select(1, inside // SIZE).long() * SIZE + inside % SIZE
+        for pool, x in ((self.pool.key, key), (self.pool.value, value)):
+            pool.flatten(0, 1)[at.flatten()] = x.reshape(-1, x.shape[2]).to(pool.dtype)
+        self.planes["token"][:, length : length + extra] = ids
+        self._appended(extra)
+
+    def _appended(self, extra: int) -> None:
         self.pool.length.add_(extra)
         self.advance(extra)
         if self.pages:  # pooled pages are computed anew elsewhere

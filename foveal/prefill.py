@@ -31,13 +31,15 @@ FEW = 64  # edited keys a head that are always few beside the rest; else a sixte
 def prefill(
     pass_: Pass, index: int, rows: LayerStore, parts: Sequence[Part], q: Tensor, k: Tensor, v: Tensor, logit: Logit
 ) -> Tensor:
-    before = None if rows.empty else (_read_keys(pass_, index, rows), rows.values(), _past_mass(rows))
-    past_whole = rows.empty or rows.uniform == pass_.counts[0]
+    fresh, past_whole = rows.empty, rows.empty or rows.uniform == pass_.counts[0]
+    before = None
+    if not (past_whole or _lies_as_columns(rows)):
+        before = _read_keys(pass_, index, rows), rows.values(), _past_mass(rows)
     rows.append(k, v, pass_.counts[0])
     step = Step(pass_, index, rows, q, k, v, logit)
     selection, replaced = choose(step, parts)
     needs, edits = needs_of(parts), edits_weights(parts)
-    layout = _layout(step, before, past_whole)
+    layout = Layout(step.k_new, step.v_new, None, True) if fresh else _layout(step, before, past_whole)
     few = _few_edited(step, parts, selection, layout) if edits and replaced is None else None
     if few is not None and not needs:
         return finish(step, parts, _reweigh_few(step, few, layout))
@@ -64,13 +66,18 @@ class Layout(NamedTuple):
 
 def _layout(step: Step, before: tuple[Tensor, Tensor, Tensor | None] | None, past_whole: bool) -> Layout:
     if before is None:
-        return Layout(step.k_new, step.v_new, None, True)
-    if past_whole:
-        return Layout(step.store.keys(), step.store.values(), None, True)
+        return Layout(step.store.keys(), step.store.values(), None, past_whole)
     key, value, mass = before
     if mass is not None:
         mass = torch.cat([mass, mass.new_ones(1, step.G, step.L)], 2)
     return Layout(torch.cat([key, step.k_new], 2), torch.cat([value, step.v_new], 2), mass, False)
+
+
+def _lies_as_columns(rows: LayerStore) -> bool:
+    """Whether slots, once the new keys are appended, are the columns of a layout: no gaps, masses, moves or codes."""
+    return (
+        rows.uniform is not None and "mass" not in rows.specs and rows.shift_bound == 0 and rows.layout.format is None
+    )
 
 
 def _past_mass(rows: LayerStore) -> Tensor | None:

@@ -44,7 +44,34 @@ class Prompt:
             return self._session.decoder(input_ids=ids, use_cache=False, **kwargs)
 
 
-def shorten(session: Session, store: Store, kwargs: dict, columns: list[Tensor | None]) -> list[Tensor] | None:
+def real_columns(mask: Tensor | None, batch: int, length: int, decode: bool) -> list[Tensor | slice | None]:
+    """For each sequence the columns of this call that hold real tokens; None where all do."""
+    if mask is None:
+        return [None] * batch
+    if mask.shape[0] != batch or mask.shape[1] < length:
+        raise InputError(f"expected an attention mask [{batch}, at least {length}], got {list(mask.shape)}")
+    if decode:
+        # on a GPU looking would stall the device; there the newest column is taken to be real, as `generate` makes it
+        if mask.device.type == "cpu" and not mask[:, -1].detach().numpy().all():
+            raise InputError("a decode step has a masked newest column: drop finished sequences from the batch instead")
+        return [None] * batch
+    now = mask[:, -length:].bool()
+    if bool(now.all()):
+        return [None] * batch
+    columns = [row.nonzero().flatten() for row in now.cpu()]
+    for b, c in enumerate(columns):
+        if len(c) == 0:
+            raise InputError(f"sequence {b} of the batch is empty: every row needs at least one real token")
+    return [None if len(c) == length else _run_of(c, mask.device) for c in columns]
+
+
+def _run_of(columns: Tensor, device: torch.device) -> Tensor | slice:
+    """The columns as a slice where they follow each other, so that taking them copies nothing."""
+    run = slice(int(columns[0]), int(columns[-1]) + 1)
+    return run if run.stop - run.start == len(columns) else columns.to(device)
+
+
+def shorten(session: Session, store: Store, kwargs: dict, columns: list[Tensor | slice | None]) -> list[Tensor] | None:
     """Leave out of a call's inputs what the session's methods do not read; where in it stands what is left, a tensor of columns for each
     sequence. None where all is read. columns: where the real tokens of each sequence stand (None: everywhere)."""
     ids = kwargs.get("input_ids")
@@ -59,7 +86,7 @@ def shorten(session: Session, store: Store, kwargs: dict, columns: list[Tensor |
         )
     batch, length = ids.shape
     every = torch.arange(length, device=ids.device)
-    real = [every if c is None else c for c in columns]
+    real = [every if c is None else every[c] for c in columns]
     places = [_read(session, row, at) for row, at in zip(ids, real, strict=True)]
     store.unread = [len(at) - len(p) for at, p in zip(real, places, strict=True)]
     if not any(store.unread):

@@ -50,7 +50,7 @@ class Pass:
         self.decode, self.prompt_done, self.ids = decode, done, ids
         self.pending: StoreLayer | None = None
         self.parts: list[Pass] = []  # prefill of a batch: one pass for each sequence
-        self.columns: list[Tensor | None] = []  # and the columns of its real tokens (None: all)
+        self.columns: list[Tensor | slice | None] = []  # and the columns of its real tokens (None: all)
         self.state: dict[str, Any] = {}
         self.key: dict[int, Hashable] = {}
         self.added: list[int] = [length] * len(self.counts)  # real tokens of each sequence in this pass
@@ -163,7 +163,7 @@ class Step:
     @property
     def q_token(self) -> Tensor:
         """Token id of each query, [batch, length]."""
-        return self.once("q_token", self._q_token)
+        return self.once(("q_token", self.L), self._q_token)
 
     def _q_token(self) -> Tensor:
         first = self.pass_.token(self.device)
@@ -171,9 +171,7 @@ class Step:
         return torch.arange(self.L, device=self.device).expand(self.q.shape[0], -1) + first
 
     def once(self, key: Hashable, make: Callable[[], Tensor]) -> Tensor:
-        """What is the same in every layer of a decode step: computed in the first one that asks."""
-        if not self.decode:
-            return make()
+        """What is the same in every layer of this pass: computed in the first one that asks."""
         if key not in self.pass_.once:
             self.pass_.once[key] = make()
         return self.pass_.once[key]
@@ -357,9 +355,21 @@ class Step:
         """Keep the protected keys and the best of the rest, `k` keys a row in all: scores [batch, kv_heads, T]; prefill only."""
         if protected is not None:
             scores = scores.masked_fill(protected, math.inf)
-        scores = scores.masked_fill(~self.store.valid, -math.inf)
+        valid = None if self.store.uniform is not None else self.store.valid
+        scores = scores if valid is None else scores.masked_fill(~valid, -math.inf)
         best = scores.topk(min(k, scores.shape[2]), dim=2).indices
-        return Keep(mask=torch.zeros_like(scores, dtype=torch.bool).scatter_(2, best, True) & self.store.valid)
+        if valid is None:
+            return Keep(slots=best.sort(-1).values)
+        return Keep(mask=torch.zeros_like(valid).scatter_(2, best, True) & valid)
+
+    def keep_ends(self, sink: int, recent: int) -> Keep:
+        """Keep the first `sink` tokens and the newest `recent`; prefill only, where a row holds more than these."""
+        if self.store.uniform == self.seen():  # slot = token id
+            every = self.once("slots", lambda: torch.arange(self.T, device=self.device))
+            ends = self.once(("ends", sink, recent), lambda: torch.cat([every[:sink], every[self.T - recent :]]))
+            return Keep(slots=ends.expand(1, self.G, -1))
+        token, last = self.token, self.q_token[:, -1, None, None]
+        return Keep(mask=(token < sink) | (last - token < recent))
 
     def adopt(self, needs: frozenset[str], named: dict[str, Tensor]) -> None:
         """Take over statistics that another step of the same prompt computed."""

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from .edits import Keep, Plane
 from .errors import InputError
+from .merging import absorb, renumber
 from .paged import PagedRows
 from .rows import FAR, FIXED, Layout, Piece, Rows, round_up
 
@@ -67,6 +68,10 @@ class LayerStore:
         """The number of keys in every row, if all rows are known to hold the same; else None."""
         c = self.single
         return c.bound if c is not None and c.even else None
+
+    def all_hold(self, count: int) -> bool:
+        """Whether every row holds `count` keys; asks the device only where the host lost count."""
+        return all(n == count for c in self.classes for n in c.lengths())
 
     def held(self, heads: Iterable[int]) -> int | None:
         """The number of keys in every row of these KV heads, if known to be the same; else None."""
@@ -199,9 +204,11 @@ class LayerStore:
             )
         # keys and values are data here: gradients flow through the attention call, never through the store
         key, value = key.detach().flatten(0, 1), value.detach().flatten(0, 1)
-        ids = token.to(key.device, torch.int32).repeat_interleave(G)[:, None] if isinstance(token, Tensor) else token
-        if L > 1:
-            ids = ids + torch.arange(L, dtype=torch.int32, device=key.device)
+        if isinstance(token, Tensor):
+            ids = token.to(key.device, torch.int32).repeat_interleave(G)[:, None]
+            ids = ids if L == 1 else ids + torch.arange(L, dtype=torch.int32, device=key.device)
+        else:
+            ids = token if L == 1 else torch.arange(token, token + L, dtype=torch.int32, device=key.device)
         for c in self.classes:
             c.append(c.pick(key), c.pick(value), c.pick(ids) if isinstance(token, Tensor) else ids)
 
@@ -224,14 +231,16 @@ class LayerStore:
         if keep.heads is not None and self.classes[0].paged:
             keep = self._for_all_heads(keep)
         if keep.into is not None:
-            self._absorb(keep)
+            absorb(self, keep)
         if keep.renumber:
-            self._renumber(keep)
-        if keep.mask is not None:
+            renumber(self, keep)
+        if keep.slots is not None:
+            self._stay(keep.slots)
+        elif keep.mask is not None:
             self._compact(keep.mask)
         else:
             drop = keep.drop.flatten()
-            for c in self._of(keep.heads):
+            for c in self.of(keep.heads):
                 c.drop(c.pick(drop), keep.optional)
 
     def _for_all_heads(self, keep: Keep) -> Keep:
@@ -246,7 +255,7 @@ class LayerStore:
             self._named[heads] = named.to(self.device)
         return self._named[heads]
 
-    def _of(self, heads: Iterable[int] | None) -> list[Rows]:
+    def of(self, heads: Iterable[int] | None) -> list[Rows]:
         """The classes of these KV heads (None: all). A class shared with other heads is split: its rows part ways."""
         if heads is None:
             return self.classes
@@ -256,6 +265,18 @@ class LayerStore:
             classes += c.split(heads, total, self.heads) if mixed else [c]
         self.classes = classes
         return [c for c in classes if c.heads <= heads]
+
+    def _stay(self, slots: Tensor) -> None:
+        """Keep these slots, [batch, kv_heads, n]: every row has them."""
+        if slots.shape[:2] != (self.batch, self.heads) or slots.shape[2] > self.T:
+            raise InputError(
+                f"expected at most {self.T} slots that stay for {self.batch} sequences x {self.heads} KV heads, "
+                f"got {list(slots.shape)}"
+            )
+        if (count := slots.shape[2]) < self.T:
+            order = slots.flatten(0, 1)
+            pieces = [Piece(c, c.numbers(), [count] * len(c.arange), c.pick(order)) for c in self.classes]
+            self.classes = self.classes[0].pack(pieces, self.heads)
 
     def _compact(self, mask: Tensor) -> None:
         mask = (mask & self.valid).flatten(0, 1)
@@ -271,37 +292,6 @@ class LayerStore:
             pieces.append(Piece(c, numbers, lengths, c.pick(order)))
         if order is not None:
             self.classes = self.classes[0].pack(pieces, self.heads)
-
-    def _absorb(self, keep: Keep) -> None:
-        """Fold what leaves into the slot `into` of the same row, as a mean weighted by mass."""
-        if "mass" not in self.specs:
-            raise InputError(
-                "Keep(into=...) needs the plane 'mass': declare planes = {'mass': Plane(1.0)} in the method"
-            )
-        into = keep.into.flatten().clamp(min=0)  # rows that lose nothing may say -1
-        gone = ~keep.mask.flatten(0, 1) if keep.mask is not None else keep.drop.flatten()[:, None]
-        for c in self._of(keep.heads):
-            at, mine = c.pick(into), c.pick(gone)
-            if keep.mask is None:
-                c.fold(at, mine >= 0, mine.clamp(min=0))
-            elif c.bound > 0:
-                c.fold(at, mine[:, : c.bound] & c.used(), None)
-
-    def _renumber(self, keep: Keep) -> None:
-        """Positions inside the cache: a key moves forward by the number of keys that leave after it."""
-        token, valid = self.token, self.valid
-        if keep.mask is None:
-            leaver = token.gather(2, keep.drop.clamp(min=0)[..., None])
-            moved = (token < leaver) & (leaver != FAR) & (keep.drop >= 0)[..., None]
-            if keep.heads is not None:
-                moved &= torch.tensor([h in keep.heads for h in range(self.heads)], device=token.device)[:, None]
-        else:
-            leaving = (~keep.mask & valid).to(torch.int32)
-            by_age = token.argsort(-1)
-            after = leaving.gather(2, by_age).flip(-1).cumsum(-1).flip(-1)
-            moved = torch.zeros_like(after).scatter(2, by_age, after).where(keep.mask & valid, 0)
-        self.add("shift", moved.to(torch.int32))
-        self.shift_bound = max(self.shift_bound, min(keep.renumber, self.T))
 
     # ------------------------------------------------------------------ sequences come and go
 

@@ -178,6 +178,21 @@ class Twins:
         self.naive.mask(mask, renumber)
         self.store.apply(Keep(mask=mask, into=target if into else None, renumber=renumber * self.store.T))
 
+    def stay(self) -> None:
+        """Every row keeps equally many keys, and most often they grow on together."""
+        if self.lengths.min() == 0:
+            return
+        count = self.choose.randint(1, int(self.lengths.min()))
+        some = [[sorted(self.choose.sample(range(len(row)), count)) for row in heads] for heads in self.naive.rows]
+        slots = torch.tensor(some)
+        mask = torch.zeros(*self.shape, self.store.T, dtype=torch.bool).scatter_(2, slots, True)
+        self.naive.mask(mask, renumber=False)
+        self.store.apply(Keep(slots=slots))
+        assert self.store.all_hold(count) and not self.store.all_hold(count + 1)
+        for _ in range(self.choose.randint(0, 2)):
+            check(self.store, self.naive)
+            self.extend()
+
     def merge_many(self) -> None:
         if self.lengths.min() > 0:
             self.mask(into=True)
@@ -278,7 +293,7 @@ def _pooled(page: list[torch.Tensor], kind: str) -> torch.Tensor:
 
 
 MOVES = [
-    *("append", "extend", "mask", "merge_many", "drop", "drop_some", "drop_heads", "merge_one"),
+    *("append", "extend", "mask", "stay", "merge_many", "drop", "drop_some", "drop_heads", "merge_one"),
     *("take", "become", "crop", "write", "pool", "look_up"),
 ]
 
@@ -361,6 +376,33 @@ def test_renumbering_goes_by_age_not_by_slot():
     store.apply(Keep(mask=store.token != 2, renumber=5))
     assert store.token.tolist() == [[[0, 4, 3]]] and store.plane("shift").tolist() == [[[2, 0, 0]]]
     assert store.shift_bound == 5
+
+
+def test_rows_that_grow_together_take_each_page_once():
+    noise = torch.Generator().manual_seed(0)
+    pages, lengths, seen = LayerStore({}, PAGES), LayerStore({}, LENGTHS), 0
+    for length in (40, 30, *[1] * 70, 45, *[1] * 40, 33):
+        key, value = (torch.randn(2, 2, length, D, generator=noise) for _ in range(2))
+        for store in (pages, lengths):
+            store.append(key, value, seen)
+            if seen == 0:
+                store.apply(Keep(slots=torch.arange(0, 40, 4).expand(2, 2, -1)))
+        seen += length
+    assert pages.uniform == lengths.uniform == seen - 30
+    assert torch.equal(pages.keys(), lengths.keys()) and torch.equal(pages.values(), lengths.values())
+    assert torch.equal(pages.token, lengths.token)
+
+
+def test_slots_that_stay_must_be_there():
+    store = LayerStore({}, PAGES)
+    store.append(torch.ones(1, 2, 5, D), torch.ones(1, 2, 5, D), 0)
+    for slots in (torch.arange(6).expand(1, 2, -1), torch.arange(3).expand(1, 1, -1)):
+        with pytest.raises(InputError, match="at most 5 slots that stay for 1 sequences x 2 KV heads"):
+            store.apply(Keep(slots=slots))
+    with pytest.raises(InputError, match="exactly one of them"):
+        Keep(slots=slots, mask=torch.ones(1, 2, 5, dtype=torch.bool))
+    with pytest.raises(InputError, match="use `mask` with"):
+        Keep(slots=slots, renumber=3)
 
 
 def test_a_row_that_keeps_nothing_fills_again():

@@ -21,6 +21,7 @@ without lse then keeps PyTorch's fused backward, everything else holds the proba
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import lru_cache
 
 import torch
 import torch.nn.functional as F
@@ -370,7 +371,8 @@ def _fused_plain(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
     length, total = q.shape[2], k.shape[2]
     see = None
     if 1 < length < total:
-        see = torch.ones(length, total, dtype=torch.bool, device=q.device).tril(total - length)
+        kept = length * total <= 1 << 19 and type(q) is Tensor and not torch.is_grad_enabled()
+        see = (_seen if kept else _seen.__wrapped__)(length, total, q.device)
     grouped = q.shape[1] != k.shape[1]
     if grouped and q.is_cuda and (see is not None or q.dtype not in (torch.float16, torch.bfloat16)):
         # only the half-precision kernels know groups, and none of them a mask; others would fall back to one that holds all the logits
@@ -378,6 +380,12 @@ def _fused_plain(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
     return F.scaled_dot_product_attention(
         q, k, v, attn_mask=see, is_causal=length == total, scale=scale, enable_gqa=grouped
     )
+
+
+@lru_cache(maxsize=64)  # every layer asks for that of each sequence in turn
+def _seen(length: int, total: int, device: torch.device) -> Tensor:
+    """Which keys each of the newest queries sees, bool [length, total]."""
+    return torch.ones(length, total, dtype=torch.bool, device=device).tril(total - length)
 
 
 def wants_grad(*tensors: Tensor | None) -> bool:

@@ -63,9 +63,9 @@ class Pages:
         x = x.to(dtype) if self.format is None else decode(x, *scale, self.format, dtype)
         return x.view(self.rows, -1, x.shape[-1])[:, : self.bound]
 
-    def gather(self, name: str, slots: Tensor, dtype: torch.dtype) -> Tensor:
-        """Keys or values at slots [rows, m] as numbers: [rows, m, head_dim]."""
-        at = self.at(slots).flatten()
+    def gather(self, name: str, slots: Tensor, dtype: torch.dtype, at: Tensor | None = None) -> Tensor:
+        """Keys or values at slots [rows, m] as numbers: [rows, m, head_dim]. at: where these lie, if that is known."""
+        at = (self.at(slots) if at is None else at).flatten()
         x = _take(getattr(self, name), at)
         x = (
             x.to(dtype)

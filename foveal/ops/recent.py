@@ -112,13 +112,13 @@ class Recent:
         return replace(self, hidden=hidden)
 
     def put(self, target: Tensor, source: Recent, rows: Tensor, order: Tensor | None, lengths: Tensor) -> None:
-        """Rows `target` [n] become rows `rows` [n] of another, whose slots come in `order` [n, slots], the kept `lengths` [n] first."""
+        """Rows `target` [n] become rows `rows` [n] of another, whose slots come in `order` [n, m], the kept `lengths` [n] first."""
         slot = source.slot[rows]
         if order is not None:
-            rank = torch.empty_like(order).scatter_(
-                1, order, torch.arange(order.shape[1], device=order.device).expand_as(order)
-            )
-            known = (slot >= 0) & (slot < order.shape[1])
+            # what is not listed leaves
+            rank = order.new_full((len(order), max(source.hidden.shape[1], order.shape[1])), -1)
+            rank.scatter_(1, order, torch.arange(order.shape[1], device=order.device).expand_as(order))
+            known = (slot >= 0) & (slot < rank.shape[1])
             slot = torch.where(known, rank.gather(1, (slot * known).long()).to(slot.dtype), -1)
         self.slot[target] = torch.where(slot < lengths[:, None], slot, -1).to(self.slot.dtype)
         self.key[target], self.value[target] = source.key[rows], source.value[rows]

@@ -11,7 +11,7 @@ from ...heads import HeadRoles, roles_for
 from ...method import Budget, check_budget, check_count, check_range, method
 from ...verify import Beats, Claim, StaysNear
 from .profiles import profile_for
-from .scoring import PromptKeeper, best_of, check_window, exact, newest, observed, smoothed
+from .scoring import PromptKeeper, check_window, exact, keep_best_of, newest, observed, smoothed
 
 MEASURED = ("semantic", "eviction")
 """What the profile of a model holds: semantic retrieval scores of its heads, eviction errors of its layers."""
@@ -83,7 +83,7 @@ class CompressKV(PromptKeeper):
 
     def compress(self, step, size: int) -> Keep | None:
         count = self.layer_budgets(step.plan, size, step.T)[step.layer]
-        return None if count >= step.T else Keep(mask=best_of(step.store, self._votes(step, count), [count] * step.G))
+        return None if count >= step.T else keep_best_of(step.store, self._votes(step, count), count)
 
     def layer_budgets(self, plan: dict[int, tuple[list[int], float]], size: int, length: int) -> dict[int, int]:
         """Keys of each layer, `size` on average, of a text of `length` tokens."""

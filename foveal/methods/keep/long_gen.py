@@ -85,5 +85,4 @@ class LongGen(Method):
             return Leave(held, after=self._sinks)
         if held >= step.T:
             return None
-        token, last = step.token, step.q_token[:, -1, None, None]
-        return Keep(mask=(token < self._sinks) | (last - token < held - self._sinks))
+        return step.keep_ends(self._sinks, held - self._sinks)

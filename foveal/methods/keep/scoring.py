@@ -27,7 +27,7 @@ class PromptKeeper(Method):
         raise NotImplementedError
 
     def compress(self, step, size: int) -> Keep:
-        return Keep(mask=best_of(step.store, self.score(step, size), [size] * step.G))
+        return keep_best_of(step.store, self.score(step, size), size)
 
     def keep(self, step) -> Keep | None:
         if not (getattr(self, "rolling", False) and not step.decode) and not prompt_ends(step):
@@ -43,7 +43,7 @@ def prompt_ends(step) -> bool:
     """
     if step.decode or not step.prompt_done:
         return False
-    return step.pass_.counts[0] == 0 or bool((step.store.len == step.seen()).all())
+    return step.pass_.counts[0] == 0 or step.store.all_hold(step.seen())
 
 
 # ---------------------------------------------------------------------- what the last queries look at
@@ -117,6 +117,14 @@ def exact(targets: Sequence[float], total: int, low: int, high: Sequence[int]) -
 
 def best_of(store, scores: Tensor, counts: Sequence[int]) -> Tensor:
     """The `counts[row]` best keys of each KV head, bool [1, kv_heads, T]; of equal scores, which smoothing makes many, the older key."""
-    scores = scores.masked_fill(~store.valid, -torch.inf)
-    rank = scores.argsort(dim=-1, descending=True, stable=True).argsort(-1)
-    return (rank < torch.tensor(counts, device=scores.device)[:, None]) & store.valid
+    valid = store.valid
+    rank = scores.masked_fill(~valid, -torch.inf).argsort(dim=-1, descending=True, stable=True).argsort(-1)
+    return (rank < torch.tensor(counts, device=scores.device)[:, None]) & valid
+
+
+def keep_best_of(store, scores: Tensor, count: int) -> Keep:
+    """What stays where each KV head keeps its `count` best keys, chosen as `best_of` does."""
+    if store.uniform is None or not 0 < count <= store.uniform:
+        return Keep(mask=best_of(store, scores, [count] * store.heads))
+    best = scores.argsort(dim=-1, descending=True, stable=True)[..., :count]
+    return Keep(slots=best.sort(-1).values)

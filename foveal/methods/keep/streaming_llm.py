@@ -107,5 +107,7 @@ class StreamingLLM(Method):
             return step.evict_one(step.oldest(after=self.sink), held, renumber=moved)
         if held >= step.store.T:
             return None
+        if not moved:
+            return step.keep_ends(self.sink, held - self.sink)
         token, last = step.token, step.q_token[:, -1, None, None]
         return Keep(mask=(token < self.sink) | (last - token < held - self.sink), renumber=moved)

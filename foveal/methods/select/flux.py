@@ -144,7 +144,7 @@ class Flux(Method):
         step.store.set("flux", torch.ones(1, step.G, step.T, dtype=torch.bool, device=step.device))
         if held >= step.T:
             return None
-        return Keep(mask=(step.token < sink) | (step.q_token[:, -1, None, None] - step.token < held - sink))
+        return step.keep_ends(sink, held - sink)
 
     def _let_one_go(self, step, sink: int, held: int) -> Keep | None:
         known = self._known(step, held)
