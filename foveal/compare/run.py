@@ -208,12 +208,12 @@ class _Run:
         plan = []
         for length in self.lengths:
             asked = [(t, s) for t in self.tasks if t.kind == "generate" for s in self.cells[t.name, length]]
-            pieces = [tuple(chunk) for chunk in chunks(asked, self.model.device)]
             for configs in [self.configs] if size == 1 else self._slices():
-                for chunk in pieces:
+                # on a document that is read again every question is asked: a later turn needs those before it
+                open_ = {s.context for t, s in asked if any(self._known(c, t, s) is None for c in configs)}
+                for chunk in chunks([(t, s) for t, s in asked if s.context in open_], self.model.device):
                     waiting = [c for c in configs if any(self._known(c, t, s) is None for t, s in chunk)]
-                    if waiting:
-                        plan.append((waiting, chunk))
+                    plan.append((waiting, tuple(chunk)))
         step = min(ABREAST, sum(len(waiting) for waiting, _ in plan) // (PARTS * size)) if size > 1 else 1
         for waiting, chunk in plan:
             beside = tuple(c.method for c in waiting) if size == 1 else ()

@@ -143,10 +143,16 @@ def test_a_stopped_run_goes_on_and_more_may_be_asked(model, tokenizer, result, a
     assert told(run(model, tokenizer, journal=journal)) == told(result)
     assert [type(w).__name__ for w in asked] == ["Unready"]
     asked.clear()
+    more = run(model, tokenizer, journal=journal, samples=3)
+    assert {r.n for r in more.records if r.task != "perplexity"} == {3}
+    questions = [w for w in asked if type(w).__name__ == "Questions"]
+    assert {s.index for w in questions for _, s in w.asked} == {2} and len(questions) == 10
+    asked.clear()
     more = run(model, tokenizer, journal=journal, methods=("h2o", "quest", "streaming-llm"), samples=3)
     questions = [w for w in asked if type(w).__name__ == "Questions"]
     assert {r.n for r in more.records if r.task != "perplexity"} == {3}
-    assert len(questions) == 14 and all(s.length in (640, 800) for w in questions for _, s in w.asked)
+    assert {m.name for w in questions for m in w.methods} == {"streaming-llm"}
+    assert len(questions) == 4 and all(s.length in (640, 800) for w in questions for _, s in w.asked)
     assert all(torch.isfinite(torch.tensor(r.score)) for r in more.records)
 
 
