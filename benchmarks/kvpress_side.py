@@ -8,6 +8,7 @@ kvpress pins an older transformers, so it has an environment of its own and this
 
 The context is read and compressed before the question is known, one sequence at a time; answers are greedy. Budgets are shares of
 the context. Settings are made equal: SnapKV with 32 observing queries and average pooling over 7, random without protected keys.
+Tasks are those of `foveal compare`, "ruler" the eleven that need no data, each with answers as long as it asks for.
 Scores, bytes and peaks are of `--workers` processes, dealt out over the GPUs; seconds are of one process alone that comes after them.
 Every answer is written down as it comes, and the same command goes on where it was stopped.
 """
@@ -29,11 +30,10 @@ from pathlib import Path
 
 import torch
 
-TASKS = ("passkey", "niah_single_2")
+TASKS, LENGTHS, SAMPLES = ("ruler",), (2048, 4096), 10
 SNAP = {"window": 32, "kernel": 7}
 NAMES = ("dense", "streaming-llm", "random-keep", "snapkv", "ada-kv")
-ANSWER = 32  # tokens of an answer, at most: the number asked for is its beginning
-TIMED, STEPS = 4, 64  # prompts, and tokens after each question, that seconds are measured on
+TIMED, STEPS = 4, 64  # prompts of each length, and tokens after each question, that seconds are measured on
 One = Callable[[str, float, dict, bool], dict]
 
 
@@ -83,7 +83,7 @@ def ask(options: argparse.Namespace) -> None:
     file = options.work / "prompts.json"
     if not file.exists():
         write_prompts(options)
-    head, asked = json.loads(file.read_text("utf-8")), ("length", "samples", "tasks", "budgets")
+    head, asked = json.loads(file.read_text("utf-8")), ("lengths", "samples", "tasks", "budgets")
     if other := [f"{k} {head[k]}" for k in asked if head[k] != getattr(options, k)]:
         sys.exit(f"{options.work} holds prompts with {', '.join(other)}: say the same, or name another --work")
     run("foveal", options.work, options.workers, {"foveal": foveal.__version__})
@@ -91,21 +91,22 @@ def ask(options: argparse.Namespace) -> None:
 
 def write_prompts(options: argparse.Namespace) -> None:
     import foveal
+    from foveal.compare.plan import expanded
     from foveal.default_model import default_folder
     from foveal.tasks import get_task
 
     model, tokenizer = foveal.load(options.model, device=options.device)
-    prompts = []
-    for name in options.tasks:
-        for s in get_task(name).samples(tokenizer, options.length, options.samples):
+    prompts, tasks = [], [get_task(name) for name in expanded([], options.tasks)[1]]
+    for task, length in ((t, n) for n in options.lengths for t in tasks):
+        for s in task.samples(tokenizer, length, options.samples):
             told = {k: getattr(s, k) for k in ("context", "question", "target", "length", "depth", "index", "seed")}
-            prompts.append({"task": name, **told})
+            prompts.append({"task": task.name, "answer": task.max_new_tokens, **told})
     head = {
         "model": options.model or str(default_folder()),
         "device": model.device.type,
         "dtype": str(model.dtype).removeprefix("torch."),
     }
-    head |= {"length": options.length, "samples": options.samples, "budgets": options.budgets, "tasks": options.tasks}
+    head |= {k: getattr(options, k) for k in ("lengths", "samples", "budgets", "tasks")}
     (options.work / "prompts.json").write_text(json.dumps(head | {"prompts": prompts}), "utf-8")
 
 
@@ -126,7 +127,7 @@ def foveal_side(head: dict, device: str) -> One:
             store = model(torch.tensor([p["context"]], device=model.device), logits_to_keep=1).past_key_values
             read = now(model.device)
             held = store.nbytes
-            most, until = (STEPS, set()) if timed else (ANSWER, stops)
+            most, until = (STEPS, set()) if timed else (p["answer"], stops)
             (ids,) = answer(model, store, [tuple(p["question"])], most, until)
             end = now(model.device)
         text = tokenizer.decode(ids, skip_special_tokens=True)
@@ -184,7 +185,7 @@ def kvpress_side(head: dict, device: str) -> One:
             read = now(model.device)
             tensors = [x for layer in cache.layers for x in (layer.keys, layer.values)]
             held = sum(x.untyped_storage().nbytes() for x in tensors)
-            text = pipe.generate_answer(question, cache, context.shape[1], STEPS if timed else ANSWER)
+            text = pipe.generate_answer(question, cache, context.shape[1], STEPS if timed else p["answer"])
             end = now(model.device)
         return told(text, held, peak.peak, read - start, end - read)
 
@@ -238,6 +239,7 @@ def run(side: str, work: Path, workers: int, versions: dict) -> None:
     """Every method on every prompt by `workers` processes; then seconds, by one alone."""
     import transformers
 
+    prompts_of(work)
     versions |= {
         "torch": torch.__version__,
         "transformers": transformers.__version__,
@@ -258,13 +260,16 @@ def run(side: str, work: Path, workers: int, versions: dict) -> None:
 def answer_share(side: str, work: Path, i: int, count: int, timed: bool) -> None:
     """Every `count`-th prompt from number i, prompt by prompt, so that a busy machine slows all methods alike."""
     torch.set_num_threads(max(1, torch.get_num_threads() // count))
-    head = json.loads((work / "prompts.json").read_text("utf-8"))
+    head = prompts_of(work)
     device = head["device"] if head["device"] == "cpu" else f"cuda:{i % torch.cuda.device_count()}"
     if device != "cpu":
         torch.cuda.set_device(device)
     known = {(a["method"], a["budget"], a["prompt"]) for a in answers(side, work, timed)}
     mine = [n for n in range(len(head["prompts"])) if n % count == i]
-    todo = [(n, *c) for n in (mine[:TIMED] if timed else mine) for c in plan(head["budgets"]) if (*c, n) not in known]
+    if timed:
+        lengths = [p["length"] for p in head["prompts"]]
+        mine = [n for n in mine if lengths[:n].count(lengths[n]) < TIMED]
+    todo = [(n, *c) for n in mine for c in plan(head["budgets"]) if (*c, n) not in known]
     if not todo:
         return
     one = {"foveal": foveal_side, "kvpress": kvpress_side}[side](head, device)
@@ -285,6 +290,14 @@ def answer_share(side: str, work: Path, i: int, count: int, timed: bool) -> None
                 print(f"{side}{' timed' if timed else ''}: prompt {n + 1} of {len(head['prompts'])}", file=sys.stderr)
 
 
+def prompts_of(work: Path) -> dict:
+    """What `ask` wrote."""
+    try:
+        return json.loads((work / "prompts.json").read_text("utf-8"))
+    except FileNotFoundError:
+        sys.exit(f"{work} holds no prompts yet: run `ask --work {work}` first")
+
+
 def answers(side: str, work: Path, timed: bool) -> list[dict]:
     """What was written so far; a last line that was cut off is left out."""
     found = []
@@ -301,26 +314,28 @@ def table(options: argparse.Namespace) -> None:
     from foveal.stats import bootstrap, paired_bootstrap
     from foveal.tasks import Sample, get_task
 
-    head = json.loads((options.work / "prompts.json").read_text("utf-8"))
+    head = prompts_of(options.work)
     sides = ("foveal", "kvpress")
-    tasks = {name: get_task(name) for name in head["tasks"]}
+    prompts = head["prompts"]
+    tasks = {name: get_task(name) for name in dict.fromkeys(p["task"] for p in prompts)}
     found = {side: {} for side in sides}
     for side in sides:
         for a in answers(side, options.work, timed=False):
-            found[side].setdefault((a["method"], a["budget"]), {})[a["prompt"]] = a
+            found[side].setdefault((a["method"], a["budget"], prompts[a["prompt"]]["length"]), {})[a["prompt"]] = a
     seconds = {side: answers(side, options.work, timed=True) for side in sides}
-    if missing := [side for side in sides if ("dense", 1.0) not in found[side]]:
-        sys.exit(f"{' and '.join(missing)} has no answers in {options.work} yet: run the other steps first")
+    lengths = [n for n in head["lengths"] if all(("dense", 1.0, n) in found[side] for side in sides)]
+    if not lengths:
+        sys.exit(f"{options.work} has no length that both sides answered yet: run the other steps first")
 
     def score(a: dict) -> float:
-        p = head["prompts"][a["prompt"]]
+        p = prompts[a["prompt"]]
         gold = p["target"] if isinstance(p["target"], str) else tuple(p["target"])
         sample = Sample(tuple(p["context"]), tuple(p["question"]), gold, p["length"], p["depth"], p["index"], p["seed"])
         return tasks[p["task"]].score(sample, a["text"])
 
     rows, failed = [], []
-    for config in plan(head["budgets"]):
-        asked = {side: found[side].get(config, {}) for side in sides}
+    for length, config in ((n, c) for n in lengths for c in plan(head["budgets"])):
+        asked = {side: found[side].get((*config, length), {}) for side in sides}
         for side in sides:
             errors = [a["error"] for a in asked[side].values() if "error" in a]
             failed += [[side, *config, f"{len(errors)} of {len(asked[side])} prompts: {errors[0]}"]] if errors else []
@@ -330,13 +345,20 @@ def table(options: argparse.Namespace) -> None:
         scores = {side: [score(asked[side][n]) for n in both] for side in good}
         for side in good if both else ():
             mine = [asked[side][n] for n in both]
-            quiet = [a for a in seconds[side] if (a["method"], a["budget"]) == config and "error" not in a]
-            plain = [found["kvpress"]["dense", 1.0][n] for n in both]
+            quiet = [
+                a
+                for a in seconds[side]
+                if (a["method"], a["budget"]) == config
+                and prompts[a["prompt"]]["length"] == length
+                and "error" not in a
+            ]
+            plain = [found["kvpress"]["dense", 1.0, length][n] for n in both]
             paired = side == "foveal" and len(good) == 2
             rows.append(
                 {
                     "method": config[0],
                     "budget": config[1],
+                    "length": length,
                     "side": side,
                     "score": bootstrap(scores[side], bounds=(0, 1))._asdict(),
                     "over_kvpress": paired_bootstrap(*scores.values(), bounds=(-1, 1))._asdict() if paired else None,
@@ -350,9 +372,9 @@ def table(options: argparse.Namespace) -> None:
             )
     date = datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d")
     meta = {"date": date, "model": Path(head["model"]).name, "device": head["device"], "dtype": head["dtype"]}
-    meta |= {k: head[k] for k in ("length", "samples", "tasks", "budgets")}
+    meta |= {k: head[k] for k in ("lengths", "samples", "budgets")}
     meta |= {
-        "answer_tokens": ANSWER,
+        "tasks": list(tasks),
         "timed": {"prompts": TIMED, "tokens": STEPS},
         "hardware": hardware(torch.device(head["device"])),
         "versions": {side: json.loads((options.work / f"{side}.json").read_text("utf-8")) for side in sides},
@@ -378,8 +400,8 @@ def main() -> None:
     parser.add_argument("--workers", type=int, default=1, help="processes, dealt out over the GPUs")
     parser.add_argument("--model", default=None, help="a local folder; default: the default model")
     parser.add_argument("--device", default=None)
-    parser.add_argument("--length", type=int, default=2048)
-    parser.add_argument("--samples", type=int, default=100)
+    parser.add_argument("--lengths", type=lambda t: [int(n) for n in t.split(",")], default=list(LENGTHS))
+    parser.add_argument("--samples", type=int, default=SAMPLES, help="of each task at each length")
     parser.add_argument("--tasks", type=lambda t: t.split(","), default=list(TASKS))
     parser.add_argument("--budgets", type=lambda t: [float(b) for b in t.split(",")], default=[0.5, 0.25, 0.125])
     parser.add_argument("--results", type=Path, default=Path(__file__).parent / "results")

@@ -129,27 +129,28 @@ def _missing(rows: list[dict]) -> str:
 
 
 def kvpress(result: dict) -> str:
-    """A line a method and budget, both sides beside each other."""
+    """A table a length, a line a method and budget, both sides beside each other."""
     meta, rows = result["meta"], result["rows"]
     asked, answered = meta["samples"] * len(meta["tasks"]), [r["score"]["n"] for r in rows]
     seconds = f"medians over {meta['timed']['prompts']} prompts and {meta['timed']['tokens']} tokens after each, one process alone"
     parts = [
-        f"{meta['model']} in {meta['dtype']}, {', '.join(meta['tasks'])} at {meta['length']:,} tokens, {meta['samples']} samples each, "
-        f"answers of at most {meta['answer_tokens']} tokens. Each cell is Foveal / kvpress. Difference: Foveal's score less kvpress's "
+        f"{meta['model']} in {meta['dtype']}, {meta['samples']} samples of each task ({', '.join(meta['tasks'])}). "
+        "Each cell is Foveal / kvpress. Difference: Foveal's score less kvpress's "
         "on the same prompts, in points, with its 95 % paired interval. "
         f"Seconds are {seconds if any(r['read_s'] for r in rows) else 'not measured yet'}."
         + (
             f" The run was stopped: {min(answered)} to {max(answered)} of {asked} prompts are answered by both."
             * (min(answered) < asked)
-        ),
-        "\n".join(
-            [
-                "| method | budget | score, % | difference | cache, of dense | peak, MB | reading, ms | a token, ms |",
-                "| --- |" + " ---: |" * 7,
-                *(_beside(rows, key) for key in dict.fromkeys((r["method"], r["budget"]) for r in rows)),
-            ]
-        ),
+        )
     ]
+    for length in dict.fromkeys(r["length"] for r in rows):
+        here = [r for r in rows if r["length"] == length]
+        lines = [
+            "| method | budget | score, % | difference | cache, of dense | peak, MB | reading, ms | a token, ms |",
+            "| --- |" + " ---: |" * 7,
+            *(_beside(here, key) for key in dict.fromkeys((r["method"], r["budget"]) for r in here)),
+        ]
+        parts += [f"### {length:,} tokens", "\n".join(lines)]
     if meta["failed"]:
         parts.append("\n".join(f"- {side}, {m} at {share(b)}: {why}" for side, m, b, why in meta["failed"]))
     if told := _times(rows):
@@ -164,10 +165,12 @@ def kvpress(result: dict) -> str:
 
 def _times(rows: list[dict]) -> str:
     """Foveal's seconds in kvpress's, from the least to the most of all rows."""
-    sides = {(r["method"], r["budget"], r["side"]): r for r in rows}
+    sides = {((r["method"], r["budget"], r["length"]), r["side"]): r for r in rows}
     told = []
     for what, key in (("a token", "token_ms"), ("reading", "read_s")):
-        pairs = [(r[key], sides.get((m, b, "kvpress"), {}).get(key)) for (m, b, s), r in sides.items() if s == "foveal"]
+        pairs = [
+            (r[key], sides.get((row, "kvpress"), {}).get(key)) for (row, side), r in sides.items() if side == "foveal"
+        ]
         shares = [ours / theirs for ours, theirs in pairs if ours and theirs]
         if shares:
             told.append(f"{what} {min(shares):.2f} to {max(shares):.2f}")

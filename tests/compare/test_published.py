@@ -220,6 +220,7 @@ def test_the_page_on_kvpress_shows_both_sides(tmp_path):
     row = {
         "method": "snapkv",
         "budget": 0.125,
+        "length": 2048,
         "side": "foveal",
         "score": score,
         "over_kvpress": {"mean": 0.02, "low": -0.01, "high": 0.05, "n": 200},
@@ -228,6 +229,7 @@ def test_the_page_on_kvpress_shows_both_sides(tmp_path):
         "read_s": 0.0304,
         "token_ms": 4.04,
     }
+    longer = row | {"length": 4096, "score": score | {"mean": 0.5}}
     other = row | {"side": "kvpress", "over_kvpress": None, "score": score | {"mean": 0.93}, "read_s": None}
     alone = row | {"method": "ada-kv", "over_kvpress": None}
     meta = {
@@ -235,9 +237,8 @@ def test_the_page_on_kvpress_shows_both_sides(tmp_path):
         "model": "M",
         "dtype": "bfloat16",
         "tasks": ["passkey"],
-        "length": 2048,
+        "lengths": [2048],
         "samples": 100,
-        "answer_tokens": 32,
         "timed": {"prompts": 4, "tokens": 64},
         "failed": [["kvpress", "ada-kv", 0.125, "3 of 200 prompts: ValueError"]],
         "hardware": {"cpu": "c", "gpu": "H100"},
@@ -246,12 +247,14 @@ def test_the_page_on_kvpress_shows_both_sides(tmp_path):
             "kvpress": {"kvpress": "0.5.5", "transformers": "5.2"},
         },
     }
-    (tmp_path / "kvpress-2026-11-22.json").write_text(json.dumps({"meta": meta, "rows": [row, other, alone]}))
+    (tmp_path / "kvpress-2026-11-22.json").write_text(json.dumps({"meta": meta, "rows": [row, other, alone, longer]}))
     text = page().filled((DOCS / "kvpress.md").read_text("utf-8"), tmp_path).replace("\u00a0", " ")
     assert (
         "| snapkv | 12.5 % | 95.0 / 93.0 | +2.0 [-1.0, +5.0] | 0.130 / 0.130 | 400 / 400 | 30 / - | 4.0 / 4.0 |" in text
     )
     assert "| ada-kv | 12.5 % | 95.0 / - |  | 0.130 / - |" in text
+    assert text.index("### 2,048 tokens") < text.index("| ada-kv |") < text.index("### 4,096 tokens")
+    assert "| snapkv | 12.5 % | 50.0 / - |" in text
     assert "- kvpress, ada-kv at 12.5 %: 3 of 200 prompts: ValueError" in text
     assert "kvpress 0.5.5, transformers 5.2." in text and "One H100, torch 2.11" in text
     assert (
@@ -261,7 +264,7 @@ def test_the_page_on_kvpress_shows_both_sides(tmp_path):
 
 def test_seconds_beside_kvpress_are_ratios_within_a_row():
     def timed(method, side, read_s, token_ms):
-        return {"method": method, "budget": 0.5, "side": side, "read_s": read_s, "token_ms": token_ms}
+        return {"method": method, "budget": 0.5, "length": 2048, "side": side, "read_s": read_s, "token_ms": token_ms}
 
     rows = [timed("a", "foveal", 0.08, 6.0), timed("a", "kvpress", 0.04, 18.0), timed("b", "kvpress", 0.02, 20.0)]
     rows += [timed("b", "foveal", 0.06, 8.0), timed("c", "foveal", 9.0, 9.0)]
