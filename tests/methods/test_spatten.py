@@ -9,6 +9,7 @@ from models import tiny
 from reference import causal, close, over_heads, watch
 
 import foveal
+from foveal.methods.keep import spatten
 from foveal.methods.keep.spatten import SpAtten, falling, quantised
 
 N, PROMPT, HEADS, KV, LAYERS = 70, 60, 6, 2, 4
@@ -125,6 +126,18 @@ def test_a_prompt_in_chunks_is_dense_until_its_last(model, ids):
     seen = watch(model, SpAtten(0.5), ids, (25, 35))
     assert all(row == list(range(25)) for layer in seen.kept[0] for heads in layer for row in heads)
     assert len(seen.kept[1][-1][0][0]) < PROMPT / 2
+
+
+@pytest.mark.parametrize("method", [SpAtten(0.5), SpAtten(0.6, heads=0.6)])
+def test_a_list_of_who_goes_on_and_a_mask_come_to_the_same(method, model, ids, monkeypatch):
+    """The list serves a prompt read at once, the mask one read in chunks, where the host does not know who asks."""
+    by_list = watch(model, method, ids, (PROMPT,))
+    monkeypatch.setattr(spatten, "_by_id", lambda step: False)
+    by_mask = watch(model, method, ids, (PROMPT,))
+    assert by_list.kept == by_mask.kept
+    for (_, _, a), (_, _, b) in zip(by_list.each(), by_mask.each(), strict=True):
+        assert torch.equal(a.out, b.out)
+    assert all(torch.equal(*x) for x in zip(by_list.planes["importance"], by_mask.planes["importance"], strict=True))
 
 
 def test_bits():

@@ -10,8 +10,10 @@ from models import tiny
 from reference import causal, hook, watch, weights
 
 import foveal
+from foveal.methods.keep import tappa
 from foveal.methods.keep.scoring import exact
 from foveal.methods.keep.tappa import Tappa, similarity
+from foveal.store import LayerStore
 
 N, PROMPT, KV, LAYERS = 64, 60, 2, 3
 
@@ -113,6 +115,30 @@ def test_while_the_prompt_is_read_the_pool_and_one_layer_are_held(ids):
     assert max(peaks) <= KV * (8 * 16 + PROMPT)
     dense = KV * 8 * PROMPT
     assert max(peaks) < 0.5 * dense
+
+
+def test_layers_give_way_late_and_to_the_same_result(ids, monkeypatch):
+    """Earlier layers may be an eighth of the pool above their shares, so each is copied a few times only; what stays is the same."""
+    layers, method, applied = 12, Tappa(16, window=4), []
+    model, pool = tiny("llama", num_hidden_layers=layers), 12 * layers
+    apply = LayerStore.apply
+    monkeypatch.setattr(LayerStore, "apply", lambda self, keep: (applied.append(self), apply(self, keep))[1])
+
+    def read(late):
+        monkeypatch.setattr(tappa, "LATE", late)
+        applied.clear()
+        peaks = []
+        spy = hook(after=lambda step: peaks.append(sum(int(r.len.sum()) for r in step.pass_.store.rows)))
+        with torch.no_grad(), foveal.attach(model, method | spy):
+            rows = model(ids[:1, :PROMPT]).past_key_values.rows
+        return [r.token for r in rows], max(peaks) / KV - PROMPT, len(applied)
+
+    at_once, least, copies = read(0)
+    late, most, fewer = read(1 / 8)
+    assert all(torch.equal(a, b) for a, b in zip(at_once, late, strict=True))
+    assert least <= pool + method.window * (layers - 1)  # one layer is still to come
+    assert least < most <= least + pool / 8
+    assert fewer < 0.6 * copies
 
 
 def test_equal_preferences_are_equal_budgets(model, ids, monkeypatch):

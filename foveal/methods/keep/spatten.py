@@ -153,10 +153,13 @@ class SpAtten(Method):
         alive = step.state.get("spatten.alive")
         if alive is None:
             return None
-        token = step.token[0, 0]
-        slots = (self._of(alive, token) & (token != FAR)).nonzero()[:, 0]
-        slots = slots[token[slots].argsort()]
-        asking = self._of(alive, step.q_token[0]).nonzero()[:, 0]
+        if _by_id(step):
+            slots = asking = alive
+        else:
+            token = step.token[0, 0]
+            slots = (self._of(alive, token) & (token != FAR)).nonzero()[:, 0]
+            slots = slots[token[slots].argsort()]
+            asking = self._of(alive, step.q_token[0]).nonzero()[:, 0]
         q, k, v = (
             x.index_select(2, at)
             for x, at in ((step.q, asking), (step.store.keys(), slots), (step.store.values(), slots))
@@ -202,13 +205,18 @@ class SpAtten(Method):
         if "going" in step.scratch:
             mass = mass * step.scratch["going"][..., None]
         total, alive = step.state["spatten.tokens"], step.state.get("spatten.alive")
-        token = step.token[:, 0]
-        if alive is not None:
-            mass = mass * self._of(alive, token)
-        place = token.clamp(max=total.shape[1] - 1).long()
-        mass = mass.sum(1).float().masked_fill(token == FAR, 0.0)
-        total = step.state["spatten.tokens"] = total.scatter_add(1, place, mass)
-        return self._drop_many(step, total) if step.prompt_done else None
+        if by_id := _by_id(step):
+            self._vote_by_id(total, mass.sum(1).float(), alive)
+        else:
+            token = step.token[:, 0]
+            if alive is not None:
+                mass = mass * self._of(alive, token)
+            place = token.clamp(max=total.shape[1] - 1).long()
+            mass = mass.sum(1).float().masked_fill(token == FAR, 0.0)
+            total = step.state["spatten.tokens"] = total.scatter_add(1, place, mass)
+        if not step.prompt_done:
+            return None
+        return self._drop_by_id(step, total, alive) if by_id else self._drop_many(step, total)
 
     def end(self, pass_) -> None:
         """The layers of a prompt are still apart in a batch, so importances are written when they are not."""
@@ -221,22 +229,48 @@ class SpAtten(Method):
         token = rows.token.clamp(max=total.shape[1] - 1).long()
         rows.set("importance", total[:, None].expand(-1, rows.heads, -1).gather(2, token))
 
+    @staticmethod
+    def _vote_by_id(total: Tensor, mass: Tensor, alive: Tensor | None) -> None:
+        """Add what the keys received in a prompt, [1, tokens], where slots are token ids."""
+        if alive is None:
+            total[:, : mass.shape[1]].add_(mass)
+        else:
+            total.index_add_(1, alive, mass.index_select(1, alive))
+
+    def _drop_by_id(self, step, total: Tensor, alive: Tensor | None) -> Keep | None:
+        """As `_drop_many`, where slots are token ids: how many go on is known, so the host waits for nothing."""
+        if (count := self._count_after(step)) is not None:
+            score, seen = total.clone(), step.L
+            if alive is not None:
+                score.fill_(-math.inf).index_copy_(1, alive, total.index_select(1, alive))
+            score[:, seen:].fill_(-math.inf)
+            score[:, seen - 1].fill_(math.inf)
+            step.state["spatten.alive"] = score.topk(count, dim=1).indices[0].sort().values
+        return None if alive is None else Keep(slots=alive.expand(1, step.G, -1))
+
     def _drop_many(self, step, total: Tensor) -> Keep | None:
         """Prompt: let go of what the layers before dropped, and choose who goes on to the next layer."""
-        seen, layer, alive = step.seen(), step.layer, step.state.get("spatten.alive")
+        seen, alive = step.seen(), step.state.get("spatten.alive")
         held = torch.zeros_like(total, dtype=torch.bool).scatter(1, step.token[:, 0].clamp(max=seen).long(), True)
         held[:, seen:] = False
         here = held if alive is None else held & alive
-        order = [*step.plan.tokens]
-        following = order[order.index(layer) + 1] if layer != step.plan.last else None
-        if following is not None and (count := step.budget(step.plan.tokens[following])) < seen:
+        if (count := self._count_after(step)) is not None:
             score = total.masked_fill(~here, -math.inf)
             score[:, seen - 1] = math.inf
-            best = score.topk(min(count, seen), dim=1)
+            best = score.topk(count, dim=1)
             step.state["spatten.alive"] = torch.zeros_like(here).scatter(1, best.indices, best.values > -math.inf)
         if alive is None:
             return None
         return Keep(mask=self._of(alive, step.token) & step.store.valid)
+
+    @staticmethod
+    def _count_after(step) -> int | None:
+        """How many tokens the layer after this one works on; None where it may work on all, or there is none."""
+        if step.layer == step.plan.last:
+            return None
+        order = [*step.plan.tokens]
+        count = step.budget(step.plan.tokens[order[order.index(step.layer) + 1]])
+        return count if count < step.seen() else None
 
     def _drop_one(self, step) -> None:
         """Decode: what the layer before has dropped leaves this one too; else, where it holds too many, its least important key."""
@@ -272,6 +306,14 @@ class SpAtten(Method):
         if "going" in step.scratch:
             mass = mass * step.scratch["going"][..., None]
         return step.group(mass, "sum")
+
+
+def _by_id(step) -> bool:
+    """A prompt read at once, so that slots are token ids: those alive are a list of ids in order, and the host knows how many.
+
+    Where something was read before and may be gone, they are a mask over token ids, bool [1, tokens].
+    """
+    return step.store.uniform == step.seen() == step.L
 
 
 def quantised(x: Tensor, bits: int, read: int | None = None) -> Tensor:

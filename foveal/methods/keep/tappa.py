@@ -1,15 +1,19 @@
 """TAPPA: layers whose queries change from token to token are hard to predict, so they get more of the cache."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from math import inf
 
 import torch
 from torch import Tensor
 
 from ...edits import Keep
-from ...method import Budget, check_budget, check_count, check_range, method, tokens_of
+from ...method import Budget, check_budget, check_count, check_range, method
+from ...store import LayerStore
 from ...verify import Beats, Claim, StaysNear
-from .scoring import PromptKeeper, best_of, check_window, exact, newest, observed, prompt_ends, smoothed
+from .scoring import PromptKeeper, check_window, exact, keep_best_of, newest, observed, prompt_ends, smoothed
+
+LATE = 1 / 8
+"""Part of the pool that earlier layers may hold beyond their shares: so each is evicted a few times, not after every layer."""
 
 
 @method(
@@ -34,7 +38,8 @@ class Tappa(PromptKeeper):
     alpha: None is the paper's default, query similarity alone; a number adds `alpha` times it to CAKE's preference,
     entropy ^ (1 / tau_entropy) * variance ^ (1 / tau_variance) (paper for Llama-3.1-8B at 1,024 keys: 1.6 and 0.4).
     Every layer keeps the window and at least one key more. One sequence read alone is evicted layer by layer (cascading), so that while
-    the prompt is read no more than the budget and one layer are held; a batch is evicted after its last layer, to the same result.
+    the prompt is read no more than nine eighths of the budget and one layer are held: earlier layers give way a little late, to spare
+    copies of them. A batch is evicted after its last layer, to the same result.
     Later turns and generated tokens are appended, where CAKE goes on evicting. Original positions.
     """
 
@@ -59,61 +64,94 @@ class Tappa(PromptKeeper):
         check_range("tau_variance", self.tau_variance, 1e-3)
 
     def score(self, step, size: int) -> Tensor:
-        return self._score(step, observed(step, self.window)).masked_fill(newest(step, min(self.window, size)), inf)
+        return self._score(step, observed(step, self.window), size)
 
-    def _score(self, step, weights: Tensor) -> Tensor:
+    def _score(self, step, weights: Tensor, size: int) -> Tensor:
         worth = weights.mean(2) + self.gamma * _variance(weights)
-        earlier = step.group(worth, "mean").masked_fill(newest(step, self.window), 0.0)
-        return smoothed(earlier, self.kernel, "avg")
+        earlier = step.group(worth, "mean").masked_fill(_newest(step, self.window), 0.0)
+        return smoothed(earlier, self.kernel, "avg").masked_fill(_newest(step, min(self.window, size)), inf)
 
-    def preference(self, step, weights: Tensor) -> float:
-        """How much of the cache this layer should get, next to others."""
+    def preference(self, step, weights: Tensor) -> Tensor:
+        """How much of the cache this layer should get, next to others; a number on the device."""
         unlike = 1 - similarity(step.q[:, :, -self.window :])
         if self.alpha is None:
-            return max(unlike.item(), 0.0)
-        before = weights.masked_fill(step.per_head(newest(step, self.window))[:, :, None], 0.0)
+            return unlike.clamp(min=0)
+        before = weights.masked_fill(step.per_head(_newest(step, self.window))[:, :, None], 0.0)
         entropy, variance = -torch.special.xlogy(before, before).sum(), _variance(before).sum()
-        return (entropy ** (1 / self.tau_entropy) * variance ** (1 / self.tau_variance) + self.alpha * unlike).item()
+        return entropy ** (1 / self.tau_entropy) * variance ** (1 / self.tau_variance) + self.alpha * unlike
 
     # ------------------------------------------------------------------ eviction
 
     def keep(self, step) -> Keep | None:
         if not prompt_ends(step) or step.budget(self.budget) >= step.T:
             return None
-        pass_, layer = step.pass_, step.layer
-        weights, seen = observed(step, self.window), step.seen()
-        table = step.q.new_full((1, step.G, seen + 1), -inf, dtype=weights.dtype)  # by token id: slots move
-        table.scatter_(2, step.token.long().clamp(max=seen), self.score(step, step.budget(self.budget)))
-        known = pass_.state.setdefault("tappa", {})
-        known[layer] = (self.preference(step, weights), table)
-        if step.store is not pass_.store.layers[layer].rows:
+        size, seen, stores = step.budget(self.budget), step.seen(), step.pass_.store.layers
+        weights, window = observed(step, self.window), min(self.window, size)
+        here = Layer(self.preference(step, weights), _by_token(step, self._score(step, weights, size)), seen)
+        pool = step.state.setdefault("tappa", Pool((size - window) * len(step.model.layers), window, seen))
+        pool.layers[step.layer] = here
+        if step.store is not stores[step.layer].rows:
             return None  # one of several sequences, which are put together after this layer: `end` evicts
-        counts = self._counts(known, seen, len(step.model.layers))
-        for i, count in counts.items():
-            if i != layer:
-                _evict(pass_.store.layers[i].rows, known[i][1], count)
-        return _kept(step.store, table, counts[layer])
+        pool.share()
+        held = {i: stores[i].rows for i in pool.layers if i != step.layer}
+        for i in pool.late(held):
+            held[i].apply(_kept(held[i], pool.layers[i]))
+        return _kept(step.store, here) if here.count < step.T else None
 
     def end(self, pass_) -> None:
-        known = pass_.state.pop("tappa", {})
-        if known:
-            seen = pass_.counts[0] + pass_.length
-            for i, count in self._counts(known, seen, len(pass_.session.info.layers)).items():
-                _evict(pass_.store.layers[i].rows, known[i][1], count)
+        if (pool := pass_.state.pop("tappa", None)) is None:
+            return
+        pool.share()
+        for i, layer in pool.layers.items():
+            rows = pass_.store.layers[i].rows
+            if layer.count < rows.T:
+                rows.apply(_kept(rows, layer))
 
-    def _counts(self, known: dict, seen: int, layers: int) -> dict[int, int]:
-        """Keys each layer read so far may hold: the pool of all `layers` shared among them, never more than before."""
-        size = tokens_of(self.budget, seen)
-        window = min(self.window, size)
-        counts: dict[int, int] = {}
-        order = list(known)
-        for n in range(1, len(order) + 1):
-            likes = [known[i][0] for i in order[:n]]
-            total, pool = sum(likes), (size - window) * layers
-            targets = [pool * like / total if total > 0 else pool / n for like in likes]
-            for i, count in zip(order, exact(targets, pool, 1, [seen - window] * n), strict=False):
-                counts[i] = min(count + window, counts.get(i, seen))
-        return counts
+
+@dataclass
+class Layer:
+    """A layer that was read: its preference, what each token id is worth there, [1, kv_heads, tokens], and how many keys it may hold."""
+
+    like: Tensor | float
+    worth: Tensor
+    count: int
+
+
+@dataclass
+class Pool:
+    """The keys of one sequence, beside each layer's window, that all layers share, and the layers read so far."""
+
+    size: int
+    window: int
+    seen: int
+    layers: dict[int, Layer] = field(default_factory=dict)
+    shared: int = 0
+
+    def share(self) -> None:
+        """Share the pool among the layers read so far, as after each one, but never more than before."""
+        most = self.seen - self.window
+        for n in range(self.shared + 1, len(self.layers) + 1):
+            if n * most <= self.size:
+                continue  # all of them may hold everything, so nobody need wait for what they prefer
+            layers = [*self.layers.values()][:n]
+            for x in layers:
+                x.like = float(x.like)
+            total = sum(x.like for x in layers)
+            targets = [self.size * x.like / total if total > 0 else self.size / n for x in layers]
+            for x, count in zip(layers, exact(targets, self.size, 1, [most] * n), strict=True):
+                x.count = min(x.count, count + self.window)
+        self.shared = len(self.layers)
+
+    def late(self, held: dict[int, LayerStore]) -> list[int]:
+        """Layers to evict now, furthest above their share first, until all together are above it by no more than `LATE` of the pool."""
+        above = {i: max(0, rows.T - self.layers[i].count) for i, rows in held.items()}
+        rest, now = sum(above.values()), []
+        for i in sorted(above, key=above.get, reverse=True):
+            if rest <= LATE * self.size:
+                break
+            rest -= above[i]
+            now.append(i)
+        return now
 
 
 def similarity(q: Tensor) -> Tensor:
@@ -128,12 +166,26 @@ def _variance(weights: Tensor) -> Tensor:
     return weights.var(2, correction=min(1, weights.shape[2] - 1))
 
 
-def _kept(rows, table: Tensor, count: int) -> Keep:
-    """The `count` best keys of each row, by a score for each token id."""
-    scores = table.gather(2, rows.token.long().clamp(max=table.shape[2] - 1))
-    return Keep(mask=best_of(rows, scores, [count] * rows.heads))
+def _newest(step, count: int) -> Tensor:
+    """`newest`, once for all layers where they hold every token."""
+    whole = step.store.uniform == step.seen()
+    return step.once(("tappa.newest", count, step.T), lambda: newest(step, count)) if whole else newest(step, count)
 
 
-def _evict(rows, table: Tensor, count: int) -> None:
-    if rows.uniform is None or rows.uniform > count:
-        rows.apply(_kept(rows, table, count))
+def _by_token(step, scores: Tensor) -> Tensor:
+    """Scores of slots as scores of token ids, which stay when slots move: [1, kv_heads, tokens]."""
+    seen = step.seen()
+    if step.store.uniform == seen:
+        return scores
+    table = scores.new_full((*scores.shape[:2], seen + 1), -inf)  # the last column is what empty slots write
+    return table.scatter_(2, step.token.clamp(max=seen).long(), scores)[..., :seen]
+
+
+def _kept(rows: LayerStore, layer: Layer) -> Keep:
+    """The best keys of each row, as many as the layer may hold."""
+    worth, last = layer.worth, layer.worth.shape[2] - 1
+    if rows.uniform is None:  # empty slots have no token id, and no worth counts there
+        worth = worth.gather(2, rows.token.clamp(max=last).long())
+    elif rows.uniform <= last:
+        worth = worth.gather(2, rows.token.long())
+    return keep_best_of(rows, worth, layer.count)

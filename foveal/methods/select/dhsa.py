@@ -15,6 +15,7 @@ from .boundaries import BoundaryPredictor, best_starts, gap_scores
 from .learned import learned_for, load_into
 
 KINDS = ("predicted", "even")
+KEPT = 1 << 22  # blocks times tokens, up to which what they may and must read is kept for the next layer
 
 
 @method(
@@ -95,7 +96,7 @@ class Dhsa(Method):
         if not is_whole_prompt(step, size):
             return All()
         chunk = self.starts(step).cumsum(0) - 1  # of each token
-        slots = torch.cat([self._lists(rows, chunk, a, size, step.L) for a, rows in self._scores(step, chunk)])
+        slots = torch.cat([self._lists(step, rows, a, size) for a, rows in self._scores(step, chunk)])
         return Lists(slots.expand(1, step.G, -1, -1), self.block, min(self.last, step.L))
 
     def starts(self, step) -> Tensor:
@@ -108,9 +109,12 @@ class Dhsa(Method):
             position = step.q_token[:, None].expand(-1, step.G, -1)
             keys = step.model.rope.unrotate(step.k_new, position, step.layer)[0].transpose(0, 1).flatten(1)
             starts = best_starts(gap_scores(step.plan, keys), self._count(step.L), self.distance)
-        index = torch.arange(step.L, device=step.device)
-        step.state["dhsa"] = starts = starts | (index == 0) | (index == step.L - self.last)
+        step.state["dhsa"] = starts = starts | step.once(("dhsa.always", self.last, step.L), lambda: self._always(step))
         return starts
+
+    def _always(self, step) -> Tensor:
+        index = torch.arange(step.L, device=step.device)
+        return (index == 0) | (index == step.L - self.last)
 
     def _count(self, length: int) -> int:
         return max(1, self.chunks * length // self.block)
@@ -126,17 +130,28 @@ class Dhsa(Method):
         q = step.group(step.q, "sum")[0].float()
         pad = -step.L % self.block
         q = torch.nn.functional.pad(q, (0, 0, 0, pad)).unflatten(1, (-1, self.block)).sum(2)
-        rows = torch.full((q.shape[1],), self.block, device=q.device)
-        rows[-1] = self.block - pad
-        q = (q / rows.sqrt()[:, None]).transpose(0, 1).flatten(1) / step.H
+        root = step.once(("dhsa.root", self.block, step.L), lambda: self._root(q, pad))
+        q = (q / root[:, None]).transpose(0, 1).flatten(1) / step.H
         few = max(1, (1 << 22 if step.device.type == "cpu" else 1 << 27) // step.L)
         for a in range(0, q.shape[0], few):
             yield a, (q[a : a + few] @ sums.mT)[:, chunk]
 
-    def _lists(self, scores: Tensor, chunk: Tensor, a: int, size: int, length: int) -> Tensor:
+    def _root(self, q: Tensor, pad: int) -> Tensor:
+        """The root of how many queries each run has."""
+        rows = torch.full((q.shape[1],), self.block, device=q.device)
+        rows[-1] = self.block - pad
+        return rows.sqrt()
+
+    def _lists(self, step, scores: Tensor, a: int, size: int) -> Tensor:
         """The tokens each query block reads, [rows, size], ascending."""
-        token = torch.arange(length, device=scores.device)
-        end = (torch.arange(a, a + scores.shape[0], device=scores.device)[:, None] + 1) * self.block
-        end = end.clamp(max=length)
-        forced = (token < self.first) | (token >= end - self.local)
-        return top_slots(scores.masked_fill(token >= end, -torch.inf), size, forced & (token < end))
+        make, whole = lambda: self._reach(step, a, len(scores)), len(scores) * self.block >= step.L
+        later, forced = step.once(("dhsa.reach", self, step.L), make) if whole and scores.numel() <= KEPT else make()
+        return top_slots(scores.masked_fill(later, -torch.inf), size, forced)
+
+    def _reach(self, step, a: int, rows: int) -> tuple[Tensor, Tensor]:
+        """What blocks of queries must not and what they must read, both bool [rows, tokens]."""
+        token = torch.arange(step.L, device=step.device)
+        end = (torch.arange(a, a + rows, device=step.device)[:, None] + 1) * self.block
+        end = end.clamp(max=step.L)
+        later = token >= end
+        return later, ((token < self.first) | (token >= end - self.local)) & ~later
