@@ -98,11 +98,9 @@ def _even(piece: Piece, positions: list[int], length: int) -> tuple[Pages, dict[
 
 def taken(plane: Tensor, slots: Tensor) -> Tensor:
     """What a plane [rows, capacity, ...] holds at slots [rows, n]."""
-    return (
-        plane.gather(1, slots)
-        if plane.ndim == 2
-        else plane[torch.arange(len(slots), device=slots.device)[:, None], slots]
-    )
+    if plane.ndim == 2:
+        return plane.gather(1, slots)
+    return plane[torch.arange(len(slots), device=slots.device)[:, None], slots]
 
 
 def filled_up(x: Tensor, fill: float) -> Tensor:
