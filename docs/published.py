@@ -98,13 +98,13 @@ def _costs(rows: list[dict]) -> str:
         "| --- |" + " ---: |" * 8,
     ]
     for r in timed:
-        share = f"{100 * r['attention_ms'] / dense['attention_ms']:.0f} %" if dense else ""
+        of_dense = f"{100 * r['attention_ms'] / dense['attention_ms']:.0f} %" if dense else ""
         cells = [
             "" if r["method"] == "dense" or r["budget"] is None else share(r["budget"]),
             f"{r['bytes'] / 1e6:,.1f}",
             f"{100 * r['kept']:.0f} %",
             f"{r['attention_ms']:.2f}",
-            share,
+            of_dense,
             f"{r['decode_tok_s']:,.1f}",
             f"{1e3 * r['prefill_s']:,.0f}",
             f"{r['peak_bytes'] / 1e6:,.0f}",
@@ -232,8 +232,8 @@ def _picture(rows: list, finals: list, limits: dict) -> str:
     wide, high, left, base = 640, 300, 48, 36
     top = max(1.05, *(r.quality for r in rows))
     far = max(1.1 * r.kv_share for r in rows)
-    x = lambda share: left + (wide - left - 8) * share / far
-    y = lambda share: 8 + (high - base - 8) * (1 - max(share, 0) / top)
+    x = lambda kept: left + (wide - left - 8) * kept / far
+    y = lambda score: 8 + (high - base - 8) * (1 - max(score, 0) / top)
     line = lambda a, b, c, d, more="": (
         f'<line x1="{a:.0f}" y1="{b:.0f}" x2="{c:.0f}" y2="{d:.0f}" stroke="currentColor"{more}/>'
     )
