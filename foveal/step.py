@@ -171,10 +171,11 @@ class Step:
         return torch.arange(self.L, device=self.device).expand(self.q.shape[0], -1) + first
 
     def once(self, key: Hashable, make: Callable[[], Tensor]) -> Tensor:
-        """What is the same in every layer of this pass: computed in the first one that asks."""
-        if key not in self.pass_.once:
-            self.pass_.once[key] = make()
-        return self.pass_.once[key]
+        """What is the same in every layer of this pass: computed in the first one that asks, on each device that has layers."""
+        known, key = self.pass_.once, (self.device, key)
+        if key not in known:
+            known[key] = make()
+        return known[key]
 
     @property
     def past(self) -> int | Tensor:
