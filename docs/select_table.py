@@ -232,9 +232,14 @@ def table(rows):
     lines = [
         columns,
         ["---"] * len(columns),
-        *([str(row.get(c, "")).replace("|", "\\|") for c in columns] for row in rows),
+        *([_cell(str(row.get(c, ""))) for c in columns] for row in rows),
     ]
     return "".join(f"| {' | '.join(line)} |\n" for line in lines)
+
+
+def _cell(text):
+    """In code a bar is no end of a cell."""
+    return text if text.startswith("`") else text.replace("|", "\\|")
 
 
 TABLES = {

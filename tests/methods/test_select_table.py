@@ -94,10 +94,10 @@ def test_claims_of_patterns(made, tmp_path):
 
 
 def test_the_table_of_what_is_found(made, tmp_path):
-    row = {"method": "m", "tokens": 992, "density": 0.25, "layers": 3, "recall": 0.5, "weight": 0.8, "best": 0.96}
+    row = {"method": "m | k", "tokens": 992, "density": 0.25, "layers": 3, "recall": 0.5, "weight": 0.8, "best": 0.96}
     dense = {"method": "n", "tokens": 992, "density": 1.0, "layers": 0, "recall": None, "weight": None, "best": None}
     result = {"meta": META, "model": {"name": "small"}, "queries": 24, "rows": [row, dense]}
     (tmp_path / "select-recall-cpu-2026-01-01.json").write_text(json.dumps(result))
     text = made.filled("<!-- table: recall -->", tmp_path)
-    assert "| `m` | 25% | 3 | 50% | 0.800 | 0.960 |" in text and "| `n` | 100% | 0 |  |  |  |" in text
+    assert "| `m | k` | 25% | 3 | 50% | 0.800 | 0.960 |" in text and "| `n` | 100% | 0 |  |  |  |" in text
     assert "992 tokens of a prompt, small, H100" in text
