@@ -31,7 +31,8 @@ FEW = 64  # edited keys a head that are always few beside the rest; else a sixte
 def prefill(
     pass_: Pass, index: int, rows: LayerStore, parts: Sequence[Part], q: Tensor, k: Tensor, v: Tensor, logit: Logit
 ) -> Tensor:
-    fresh, past_whole = rows.empty, rows.empty or rows.uniform == pass_.counts[0]
+    fresh = rows.empty
+    past_whole = fresh or rows.uniform == pass_.counts[0]
     before = None
     if not (past_whole or _lies_as_columns(rows)):
         before = _read_keys(pass_, index, rows), rows.values(), _past_mass(rows)

@@ -178,6 +178,11 @@ class Step:
         return known[key]
 
     @property
+    def whole(self) -> bool:
+        """Every row holds every token that was seen, so that slots are token ids."""
+        return self.pass_.same and self.store.uniform == self.pass_.counts[0] + self.L
+
+    @property
     def past(self) -> int | Tensor:
         """Keys each row held before this step: a number if all hold the same, else [batch, kv_heads]."""
         n = self.store.uniform
@@ -365,7 +370,7 @@ class Step:
 
     def keep_ends(self, sink: int, recent: int) -> Keep:
         """Keep the first `sink` tokens and the newest `recent`; prefill only, where a row holds more than these."""
-        if self.store.uniform == self.seen():  # slot = token id
+        if self.whole:
             every = self.once("slots", lambda: torch.arange(self.T, device=self.device))
             ends = self.once(("ends", sink, recent), lambda: torch.cat([every[:sink], every[self.T - recent :]]))
             return Keep(slots=ends.expand(1, self.G, -1))

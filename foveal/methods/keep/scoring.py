@@ -65,7 +65,8 @@ def observed(step, window: int) -> Tensor:
 
 def newest(step, count: int) -> Tensor:
     """Which slots hold one of the newest `count` tokens, bool [batch, kv_heads, T] (empty slots do not matter)."""
-    return step.token > step.q_token[:, -1, None, None] - count
+    find = lambda: step.token > step.q_token[:, -1, None, None] - count
+    return step.once(("newest", count, step.G, step.T), find) if step.whole else find()
 
 
 def smoothed(x: Tensor, kernel: int, how: str) -> Tensor:

@@ -313,7 +313,7 @@ def _by_id(step) -> bool:
 
     Where something was read before and may be gone, they are a mask over token ids, bool [1, tokens].
     """
-    return step.store.uniform == step.seen() == step.L
+    return step.whole and step.T == step.L
 
 
 def quantised(x: Tensor, bits: int, read: int | None = None) -> Tensor:

@@ -68,15 +68,15 @@ class Tappa(PromptKeeper):
 
     def _score(self, step, weights: Tensor, size: int) -> Tensor:
         worth = weights.mean(2) + self.gamma * _variance(weights)
-        earlier = step.group(worth, "mean").masked_fill(_newest(step, self.window), 0.0)
-        return smoothed(earlier, self.kernel, "avg").masked_fill(_newest(step, min(self.window, size)), inf)
+        earlier = step.group(worth, "mean").masked_fill(newest(step, self.window), 0.0)
+        return smoothed(earlier, self.kernel, "avg").masked_fill(newest(step, min(self.window, size)), inf)
 
     def preference(self, step, weights: Tensor) -> Tensor:
         """How much of the cache this layer should get, next to others; a number on the device."""
         unlike = 1 - similarity(step.q[:, :, -self.window :])
         if self.alpha is None:
             return unlike.clamp(min=0)
-        before = weights.masked_fill(step.per_head(_newest(step, self.window))[:, :, None], 0.0)
+        before = weights.masked_fill(step.per_head(newest(step, self.window))[:, :, None], 0.0)
         entropy, variance = -torch.special.xlogy(before, before).sum(), _variance(before).sum()
         return entropy ** (1 / self.tau_entropy) * variance ** (1 / self.tau_variance) + self.alpha * unlike
 
@@ -166,17 +166,11 @@ def _variance(weights: Tensor) -> Tensor:
     return weights.var(2, correction=min(1, weights.shape[2] - 1))
 
 
-def _newest(step, count: int) -> Tensor:
-    """`newest`, once for all layers where they hold every token."""
-    whole = step.store.uniform == step.seen()
-    return step.once(("tappa.newest", count, step.T), lambda: newest(step, count)) if whole else newest(step, count)
-
-
 def _by_token(step, scores: Tensor) -> Tensor:
     """Scores of slots as scores of token ids, which stay when slots move: [1, kv_heads, tokens]."""
-    seen = step.seen()
-    if step.store.uniform == seen:
+    if step.whole:
         return scores
+    seen = step.seen()
     table = scores.new_full((*scores.shape[:2], seen + 1), -inf)  # the last column is what empty slots write
     return table.scatter_(2, step.token.clamp(max=seen).long(), scores)[..., :seen]
 

@@ -12,7 +12,7 @@ from ...ops.tree import REPRESENTATIVES, block_tokens, halve, searched_blocks, t
 from ...selection import All, Lists, Selection, Tokens
 from ...verify import Claim, StaysNear
 from .block_maps import is_whole_prompt
-from .lists import in_order, logits_at, slots_of_mask, tokens_seen, whole
+from .lists import in_order, logits_at, slots_of_mask, tokens_seen
 
 
 @method(
@@ -139,7 +139,7 @@ class HiP(Method):
         """Token ids [batch, kv_heads, m] found by the step's last query before the window of token `since` [batch, 1]; -1 for none."""
         count = searched_blocks(since, *self._layout).expand(-1, step.G)
         wanted = self._wanted(step.budget(self.budget))
-        horizon = step.T if whole(step) else tokens_seen(step.pass_)
+        horizon = step.T if step.whole else tokens_seen(step.pass_)
         logits = None if step.decode else step.scores(step.q.detach(), start=step.L - 1)[:, :, 0]
 
         def score(blocks: Tensor) -> Tensor:

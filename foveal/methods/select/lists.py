@@ -9,19 +9,14 @@ from ...ops.top import largest, marked_slots, top_slots
 from ...selection import All, Selection, Tokens
 
 
-def whole(step) -> bool:
-    """Every row holds every token that was seen, so that slots are token ids."""
-    return step.pass_.same and step.store.uniform == step.pass_.counts[0] + step.L
-
-
 def in_order(step) -> bool:
     """Slots are token ids in every row, which a graph may not know from the lengths: nothing is ever let go."""
-    return whole(step) or step.pass_.store.layers[step.layer].is_croppable
+    return step.whole or step.pass_.store.layers[step.layer].is_croppable
 
 
 def by_id(step, x: Tensor) -> Tensor:
     """Sum x [batch, kv_heads, T] over KV heads, which may hold different tokens: [batch, tokens seen by the longest sequence]."""
-    if whole(step):
+    if step.whole:
         return x.sum(1)
     n = tokens_seen(step.pass_)
     at = step.token.clamp(max=n).long().flatten(1)  # empty slots fall into column n
@@ -51,7 +46,7 @@ def top_ids(step, score: Tensor, k: int, allowed: int | Tensor, before: int | Te
 def slots_of_ids(step, ids: Tensor) -> Tensor:
     """Slots of token ids [batch, m] in every row of this layer, [batch, kv_heads, m]; -1 where a row does not hold the token."""
     each = ids[:, None].expand(-1, step.G, -1)
-    if whole(step) or (step.decode and in_order(step)):
+    if step.whole or (step.decode and in_order(step)):
         return each
     n = tokens_seen(step.pass_)
     token = step.token.clamp(max=n).long()  # empty slots fall into column n, and so do ids of none
@@ -167,6 +162,6 @@ def similarity(step, plane: str, x: Tensor) -> Tensor:
 
 def tokens(step, ids: Tensor) -> Tokens:
     """The selection of token ids [batch, kv_heads, m], the same for all of them, in this layer."""
-    if ids.shape[1] == step.G and (whole(step) or in_order(step)):
+    if ids.shape[1] == step.G and (step.whole or in_order(step)):
         return Tokens(ids)
     return Tokens(slots_of_ids(step, ids[:, 0]))

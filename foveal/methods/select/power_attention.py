@@ -9,7 +9,6 @@ from ...errors import InputError
 from ...method import Method, check_count, method
 from ...selection import All, Blocks, Selection, Tokens
 from ...verify import Claim
-from .lists import whole
 
 PERIOD = 7
 """Layers of which `full` stay dense (paper: 2 of every 7 for hard retrieval)."""
@@ -69,9 +68,9 @@ class PowerAttention(Method):
         return tuple(i for n, i in enumerate(model.layers) if n % PERIOD >= self.full)
 
     def select(self, step) -> Selection:
-        if self.window * self.block >= step.T and whole(step):
+        if self.window * self.block >= step.T and step.whole:
             return All()
-        if step.decode and whole(step):
+        if step.decode and step.whole:
             return self._decode(step)
         if step.T != step.L or step.decode:
             return PowerBlocks(self.block, self.window)

@@ -26,7 +26,6 @@ from .lists import (
     similarity,
     slots_of_ids,
     top_ids,
-    whole,
 )
 
 
@@ -153,7 +152,7 @@ class TokenSelect(Method):
             slots = slots_of_ids(step, torch.cat([ids, own], 1))
             at = slots.clamp(min=0)[..., None]
             read = [x.gather(2, at.expand(-1, -1, -1, x.shape[3])) for x in (keys, values)]
-            mass = None if whole(step) else (slots >= 0).float()
+            mass = None if step.whole else (slots >= 0).float()
             out.append(self._read(step, q, *read, torch.cat([ids, own], 1), slots, mass, self.renumber and k > 0))
         return Out(torch.cat(out, 2))
 
@@ -183,7 +182,7 @@ class TokenSelect(Method):
         read = torch.cat([ids, own], 1)
         slots = slots_of_ids(step, read)
         step.pass_.count_keys(most, step.T)
-        mass = None if whole(step) and self.reuse is None else (slots >= 0).to(step.q.dtype)
+        mass = None if step.whole and self.reuse is None else (slots >= 0).to(step.q.dtype)
         key, value = gather(step, "key", slots), gather(step, "value", slots)
         return Out(self._read(step, step.q, key, value, read, slots, mass, self.renumber))
 
@@ -248,9 +247,7 @@ class TokenSelect(Method):
 
     def _unrotated(self, step, keys: Tensor) -> Tensor:
         """All keys at position 0."""
-        token = (
-            torch.arange(keys.shape[2], device=keys.device) if whole(step) else step.token.where(step.store.valid, 0)
-        )
+        token = torch.arange(keys.shape[2], device=keys.device) if step.whole else step.token.where(step.store.valid, 0)
         return step.model.rope.rotate(keys.detach(), -token, step.layer)
 
     def _votes(self, step, query: Tensor, raw: Tensor, start: int | Tensor, stop: int | Tensor) -> Tensor:
