@@ -318,10 +318,11 @@ def table(options: argparse.Namespace) -> None:
     sides = ("foveal", "kvpress")
     prompts = head["prompts"]
     tasks = {name: get_task(name) for name in dict.fromkeys(p["task"] for p in prompts)}
+    key = lambda a: (a["method"], a["budget"], prompts[a["prompt"]]["length"])
     found = {side: {} for side in sides}
     for side in sides:
         for a in answers(side, options.work, timed=False):
-            found[side].setdefault((a["method"], a["budget"], prompts[a["prompt"]]["length"]), {})[a["prompt"]] = a
+            found[side].setdefault(key(a), {})[a["prompt"]] = a
     seconds = {side: answers(side, options.work, timed=True) for side in sides}
     lengths = [n for n in head["lengths"] if all(("dense", 1.0, n) in found[side] for side in sides)]
     if not lengths:
@@ -344,16 +345,9 @@ def table(options: argparse.Namespace) -> None:
         both = sorted(set.intersection(*(set(asked[side]) for side in good))) if good else []
         scores = {side: [score(asked[side][n]) for n in both] for side in good}
         for side in good if both else ():
-            mine = [asked[side][n] for n in both]
-            quiet = [
-                a
-                for a in seconds[side]
-                if (a["method"], a["budget"]) == config
-                and prompts[a["prompt"]]["length"] == length
-                and "error" not in a
-            ]
+            over = side == "foveal" and len(good) == 2
+            quiet = [a for a in seconds[side] if key(a) == (*config, length) and "error" not in a]
             plain = [found["kvpress"]["dense", 1.0, length][n] for n in both]
-            paired = side == "foveal" and len(good) == 2
             rows.append(
                 {
                     "method": config[0],
@@ -361,14 +355,9 @@ def table(options: argparse.Namespace) -> None:
                     "length": length,
                     "side": side,
                     "score": bootstrap(scores[side], bounds=(0, 1))._asdict(),
-                    "over_kvpress": paired_bootstrap(*scores.values(), bounds=(-1, 1))._asdict() if paired else None,
-                    "bytes_of_dense": statistics.fmean(
-                        a["bytes"] / b["bytes"] for a, b in zip(mine, plain, strict=True)
-                    ),
-                    "peak_mb": statistics.median(a["peak_bytes"] for a in mine) / 1e6,
-                    "read_s": statistics.median(a["read_s"] for a in quiet) if quiet else None,
-                    "token_ms": 1e3 * statistics.median(a["answer_s"] / STEPS for a in quiet) if quiet else None,
+                    "over_kvpress": paired_bootstrap(*scores.values(), bounds=(-1, 1))._asdict() if over else None,
                 }
+                | costs([asked[side][n] for n in both], plain, quiet)
             )
     date = datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d")
     meta = {"date": date, "model": Path(head["model"]).name, "device": head["device"], "dtype": head["dtype"]}
@@ -384,6 +373,16 @@ def table(options: argparse.Namespace) -> None:
     lines = ",\n".join("  " + json.dumps(rounded(r)) for r in rows)
     out.write_text(f'{{\n "meta": {json.dumps(meta)},\n "rows": [\n{lines}\n ]\n}}\n', "utf-8")
     print(json.dumps(rows, indent=1), *(f"failed: {f}" for f in failed), f"wrote {out}", sep="\n")
+
+
+def costs(mine: list[dict], plain: list[dict], quiet: list[dict]) -> dict:
+    """Bytes and peaks of a method's answers beside the dense ones to the same prompts, and seconds of the `quiet` ones."""
+    return {
+        "bytes_of_dense": statistics.fmean(a["bytes"] / b["bytes"] for a, b in zip(mine, plain, strict=True)),
+        "peak_mb": statistics.median(a["peak_bytes"] for a in mine) / 1e6,
+        "read_s": statistics.median(a["read_s"] for a in quiet) if quiet else None,
+        "token_ms": 1e3 * statistics.median(a["answer_s"] / STEPS for a in quiet) if quiet else None,
+    }
 
 
 def rounded(x):
