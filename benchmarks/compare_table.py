@@ -1,8 +1,8 @@
-"""A whole comparison as a file that can be committed: `python -m benchmarks.compare_table ruler/results.json [--name ruler]`.
+"""Whole comparisons as a file that can be committed: `python -m benchmarks.compare_table ruler/results.json [...] [--name ruler]`.
 
-One row a method, budget and length: the mean score over the tasks, its difference to dense with the paired interval, bytes and speed
-(on a CPU milliseconds of attention too), and each task's score with the same. Only cells count in which every sample was answered; a
-row in which one is missing says which.
+Several results stand one after the other: lengths that were asked differently often. One row a method, budget and length: the mean score
+over the tasks, its difference to dense with the paired interval, bytes and speed (on a CPU milliseconds of attention too), and each task's
+score with the same. Only cells count in which every sample was answered; a row in which one is missing says which.
 Writes benchmarks/results/compare-NAME-DATE.json.
 """
 
@@ -14,8 +14,10 @@ import math
 from pathlib import Path
 
 from foveal.compare.rows import checked_records
+from foveal.errors import InputError
 
-KEPT = ("date", "command", "model", "device", "dtype", "hardware", "versions", "seed", "samples", "workers", "notes")
+ALIKE = ("model", "device", "dtype", "hardware", "versions", "seed")  # what results in one table share
+KEPT = ("date", "command", *ALIKE, "workers", "notes")
 
 
 def rows(results: dict) -> list[dict]:
@@ -32,7 +34,7 @@ def rows(results: dict) -> list[dict]:
 def _row(group: list[dict], samples: int) -> dict:
     first = group[0]
     whole = [r for r in group if r["status"] == "ok" and r["n"] == samples]
-    row = {"method": first["method"], "budget": first["budget"], "length": first["length"]}
+    row = {"method": first["method"], "budget": first["budget"], "length": first["length"], "samples": samples}
     missing = {r["task"]: r["error"] or f"{r['n']} of {samples} samples" for r in group if r not in whole}
     if missing:
         row["missing"] = missing
@@ -68,12 +70,22 @@ def _ends(records: list[dict]) -> list[float]:
     return [mean - low, mean + high]
 
 
-def published(results: dict) -> dict:
-    """What is committed: the run's circumstances and its rows."""
-    meta = {k: results["meta"][k] for k in KEPT if k in results["meta"]}
+def published(*results: dict) -> dict:
+    """What is committed: the runs' circumstances and their rows.
+
+    Raises InputError for runs whose rows cannot stand side by side.
+    """
+    first = results[0]["meta"]
+    for other in (r["meta"] for r in results[1:]):
+        if differ := [f"{k} {first.get(k)} and {other.get(k)}" for k in ALIKE if first.get(k) != other.get(k)]:
+            raise InputError(
+                f"results of one table come from one kind of run, got {'; '.join(differ)}: write two tables"
+            )
+    meta = {k: first[k] for k in KEPT if k in first}
     meta["model"] = Path(meta["model"]).name
-    meta["date"] = meta["date"][:10]
-    return {"meta": meta, "rows": rows(results)}
+    meta["date"] = max(r["meta"]["date"] for r in results)[:10]
+    meta["command"] = " && ".join(dict.fromkeys(r["meta"]["command"] for r in results))
+    return {"meta": meta, "rows": [row for r in results for row in rows(r)]}
 
 
 def written(data: dict) -> str:
@@ -92,11 +104,11 @@ def _short(x):
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("results", type=Path, help="what `foveal compare` wrote")
+    parser.add_argument("results", type=Path, nargs="+", help="what `foveal compare` wrote")
     parser.add_argument("--name", default="ruler")
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results")
     options = parser.parse_args()
-    data = published(json.loads(options.results.read_text("utf-8")))
+    data = published(*(json.loads(file.read_text("utf-8")) for file in options.results))
     path = options.out / f"compare-{options.name}-{data['meta']['date']}.json"
     path.write_text(written(data), "utf-8")
     print(f"{len(data['rows'])} rows, {path.stat().st_size:,} bytes: wrote {path}")

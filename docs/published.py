@@ -14,10 +14,10 @@ def machine(meta: dict) -> str:
 
 def compare(result: dict) -> str:
     """For each length a table: a method a line, at each budget its score, the difference to dense and what it holds and reads."""
-    meta, rows = result["meta"], result["rows"]
+    rows = result["rows"]
     parts = [
-        f"Scores are means over {_tasks(rows)} tasks of {meta['samples']} samples, in percent; ± is their difference to dense on the same "
-        "samples with its 95 % paired interval. Held: bytes of the cache, of dense's. Read: keys a step reads, of those held, "
+        f"Scores are means over {_tasks(rows)} tasks, in percent; ± is their difference to dense on the same "
+        "questions with its 95 % paired interval. Held: bytes of the cache, of dense's. Read: keys a step reads, of those held, "
         "where fewer than all."
     ]
     attends = any("attention_ms" in r for r in rows)
@@ -26,7 +26,8 @@ def compare(result: dict) -> str:
         here = [r for r in rows if r["length"] == length]
         dense = next((r for r in here if r["method"] == "dense"), None)
         told = "not measured" if dense is None or "score" not in dense else f"{percent(dense['score'])}"
-        parts.append(f"### {length:,} tokens\n\nDense: {told}.\n\n" + _by_budget(here))
+        asked = f"{here[0]['samples']} questions a task"
+        parts.append(f"### {length:,} tokens\n\nDense: {told}; {asked}.\n\n" + _by_budget(here))
         parts.append(_by_task(here))
     parts += [] if attends else [_speeds(rows)]
     parts.append(_missing(rows))

@@ -18,8 +18,8 @@ def reading(result: dict) -> str:
     reach = [half for r in rows for half in (r["gain"][0] - r["gain"][1], r["gain"][2] - r["gain"][0])]
     parts = [
         f"{_dense(result['rows'])}Cells are points more or less than dense's at each budget, at {_lengths(rows)} tokens; their "
-        f"95 % intervals reach {100 * min(reach):.1f} to {100 * max(reach):.1f} points to either side. **Bold**: not told from dense. "
-        "*Slanted*: not above the better of `streaming-llm` and `random-keep`, which look at nothing."
+        f"95 % intervals reach {100 * min(reach):.1f} to {100 * max(reach):.1f} points to either side. **Bold**: not below dense, as far "
+        "as that tells. *Slanted*: not above the better of `streaming-llm` and `random-keep`, which look at nothing."
     ]
     if frees:
         parts += [

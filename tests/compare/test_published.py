@@ -7,6 +7,8 @@ from pathlib import Path
 
 import pytest
 
+from foveal.errors import InputError
+
 ROOT = Path(__file__).resolve().parents[2]
 DOCS = ROOT / "docs"
 
@@ -90,7 +92,7 @@ def results():
 
 def test_rows_are_means_over_whole_cells(results):
     data = json.loads(written(published(results)))
-    assert data["meta"] == {k: v for k, v in META.items() if k != "elapsed_s"} | {
+    assert data["meta"] == {k: v for k, v in META.items() if k not in ("elapsed_s", "samples")} | {
         "date": "2026-11-22",
         "model": "Model",
     }
@@ -99,12 +101,27 @@ def test_rows_are_means_over_whole_cells(results):
     assert rows["dense"]["score"] == 0.7 and "gain" not in rows["dense"]
     snap = rows["snapkv"]
     half = lambda x: math.hypot(x, x) / 2
-    assert snap["score"] == 0.65
+    assert (snap["score"], snap["samples"]) == (0.65, 100)
     assert snap["gain"] == pytest.approx([-0.05, -0.05 - half(0.03), -0.05 + half(0.04)], rel=1e-3)
     assert snap["tasks"] == {"niah": [0.8, -0.13, -0.06], "vt": [0.5, -0.03, 0.04]}
     assert (snap["kept"], snap["bytes"], snap["decode_tok_s"]) == (0.25, 250, 250.4)
     assert rows["quest"]["read"] == 0.26
     assert rows["duo"]["missing"] == {"niah": "40 of 100 samples", "vt": "no gates"} and "score" not in rows["duo"]
+
+
+def test_lengths_that_were_asked_differently_often_stand_in_one_table(results, tmp_path):
+    few = [
+        record("dense", 1.0, "niah", 0.8, length=1024, n=25),
+        record("h2o", 0.25, "niah", 0.7, -0.1, length=1024, n=25),
+    ]
+    short = {"meta": META | {"samples": 25, "command": "foveal compare --lengths 1024"}, "records": few}
+    data = published(results, short)
+    assert {r["length"]: r["samples"] for r in data["rows"]} == {2048: 100, 1024: 25}
+    assert data["meta"]["command"] == "foveal compare --methods all && foveal compare --lengths 1024"
+    text = filled("<!-- results: compare-ruler -->", data, tmp_path)
+    assert "### 1,024 tokens\n\nDense: 80.0; 25 questions a task." in text
+    with pytest.raises(InputError, match="device cuda:0 and cpu: write two tables"):
+        published(results, short | {"meta": short["meta"] | {"device": "cpu"}})
 
 
 def test_hundreds_of_rows_stay_small(results):
@@ -128,7 +145,7 @@ def filled(mark, data, folder):
 
 def test_the_pages_show_the_table(results, tmp_path):
     text = filled("<!-- results: compare-ruler -->", published(results), tmp_path)
-    assert "### 2,048 tokens\n\nDense: 70.0." in text
+    assert "### 2,048 tokens\n\nDense: 70.0; 100 questions a task." in text
     assert "| `snapkv` | 65.0, -5.0 [-7.1, -2.2] | 25 % |" in text
     assert "| `quest` | 70.0, +0.0 [-2.1, +2.8] | 102 %, 26 % |" in text
     assert "| `duo` |  |  |" in text
