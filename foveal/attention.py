@@ -100,7 +100,7 @@ def _batch_is_plain(pass_: Pass, rows: LayerStore) -> bool:
 
 def _plain_prefill(pass_: Pass, rows: LayerStore, q: Tensor, k: Tensor, v: Tensor, logit: Logit) -> Tensor:
     fresh = rows.empty
-    rows.append(k, v, pass_.counts[0])
+    rows.append(k, v, pass_.counts[0], pass_.once)
     keys, values = (k, v) if fresh else (rows.keys(), rows.values())
     return ops.attend(q, keys, values, scale=logit.scale, softcap=logit.softcap, sinks=logit.sinks)[0]
 

@@ -22,6 +22,7 @@ from torch import Tensor
 from transformers.utils import ModelOutput
 
 from .cache import ACTIVE, Store, StoreLayer
+from .once import Once
 from .ops.route import has_triton
 
 if TYPE_CHECKING:
@@ -189,7 +190,7 @@ def _recover() -> None:
 @contextmanager
 def hidden(pass_: Pass, rows: list[PagedRows], counts: Tensor) -> Iterator[None]:
     """Inside, lengths and counts come from the device and shapes from capacities, as a graph needs them; one step is done."""
-    pass_.on_device, pass_.once = counts, {}
+    pass_.on_device, pass_.once = counts, Once()
     pass_.horizon = max(pass_.counts) + min(c.capacity - c._bound for c in rows)
     known = [c.host for c in rows]
     for c in rows:
@@ -197,7 +198,7 @@ def hidden(pass_: Pass, rows: list[PagedRows], counts: Tensor) -> Iterator[None]
     try:
         yield
     finally:
-        pass_.on_device, pass_.once = None, {}
+        pass_.on_device, pass_.once = None, Once()
         for c, lengths in zip(rows, known, strict=True):
             c.fixed = False
             if lengths is not None and not c.lost:

@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
-from torch.nn.functional import pad
 
 from .ops.formats import WIDTHS, code_like, encode
 from .ops.pages import Pages, as_bytes, pools
@@ -17,6 +16,7 @@ from .ops.recent import Recent
 from .rows import Piece, places_of, round_up
 
 if TYPE_CHECKING:
+    from .once import Once
     from .page_rows import PageRows
 
 SIZE = 32  # keys of a page: larger ones waste more of short rows, smaller ones cost page lists
@@ -51,12 +51,14 @@ def new_pool(
     return Pages(*made, table, length, most, format, *scales)
 
 
-def packed(pieces: Sequence[Piece]) -> tuple[Pages, dict[str, Tensor], list[int]]:
-    """A pool and planes that hold the rows of all pieces, without pages to spare, and how many keys each row has."""
+def packed(pieces: Sequence[Piece], once: Once) -> tuple[Pages, dict[str, Tensor], list[int], Tensor | None]:
+    """A pool and planes that hold the rows of all pieces, without pages to spare, how many keys each row has, and what `first_pool` says of
+    free pages, where it was asked."""
     places, first = sorted(places_of(pieces)), pieces[0].block
     lengths, old = [place.length for place in places], first.pool
     if len(pieces) == 1 and min(lengths) == max(lengths) > 0 and old.format is None and old.recent is None:
-        return *_even(pieces[0], [place.position for place in places], lengths[0]), lengths
+        pool, planes, top = _even(pieces[0], [place.position for place in places], lengths[0], once)
+        return pool, planes, lengths, top
     counts = [pages_of(n) for n in lengths]
     capacity = round_up(max(lengths), SIZE)
     pool = new_pool(old.key, old.value, old.format, sum(counts), lengths, coded=True)
@@ -73,16 +75,16 @@ def packed(pieces: Sequence[Piece]) -> tuple[Pages, dict[str, Tensor], list[int]
     for piece, some in zip(pieces, moves, strict=True):
         if some:
             _copy(pool, planes, piece, some)
-    return pool, planes, lengths
+    return pool, planes, lengths, None
 
 
-def _even(piece: Piece, positions: list[int], length: int) -> tuple[Pages, dict[str, Tensor]]:
-    """The pool and planes of rows out of one block that keep equally many keys."""
-    block, pool = piece.block, dataclasses.replace(piece.block.pool, bound=length)
+def _even(piece: Piece, positions: list[int], length: int, once: Once) -> tuple[Pages, dict[str, Tensor], Tensor]:
+    """The pool and planes of rows out of one block that keep equally many keys, and how many of its pages are free."""
+    block, pool = piece.block, dataclasses.replace(piece.block.view, bound=length)
     planes, order = block.planes, piece.order
     if positions != list(range(pool.rows)):
         at = torch.tensor(positions).to(block.device, non_blocking=True)
-        pool = dataclasses.replace(pool, table=pool.table[at], length=pool.length[at])
+        pool = dataclasses.replace(pool, table=pool.table[at], length=pool.length[at], ordered=False)
         planes, order = {name: plane[at] for name, plane in planes.items()}, None if order is None else order[at]
     kind = pool.key.dtype, pool.value.dtype
     if order is None:
@@ -93,7 +95,8 @@ def _even(piece: Piece, positions: list[int], length: int) -> tuple[Pages, dict[
         kept = {name: taken(plane, order) for name, plane in planes.items()}
         at = pool.at(order)
         key, value = pool.gather("key", order, kind[0], at), pool.gather("value", order, kind[1], at)
-    return filled(pool, key, value), {name: filled_up(x, block.fills[name]) for name, x in kept.items()}
+    pool, top = first_pool(key, value, pool.format, once)
+    return pool, {name: filled_up(x, block.fills[name], once) for name, x in kept.items()}, top
 
 
 def taken(plane: Tensor, slots: Tensor) -> Tensor:
@@ -103,24 +106,34 @@ def taken(plane: Tensor, slots: Tensor) -> Tensor:
     return plane[torch.arange(len(slots), device=slots.device)[:, None], slots]
 
 
-def filled_up(x: Tensor, fill: float) -> Tensor:
+def filled_up(x: Tensor, fill: float, once: Once) -> Tensor:
     """A copy of x [rows, n, ...] with slots up to the end of its last page."""
-    if x.shape[1] % SIZE == 0:
+    room = -x.shape[1] % SIZE
+    if room == 0:
         return x.clone(memory_format=torch.contiguous_format)
-    return pad(x, [0, 0] * (x.ndim - 2) + [0, -x.shape[1] % SIZE], value=fill)
+    shape = (len(x), room, *x.shape[2:])
+    return torch.cat([x, once(x.device, ("room", shape, x.dtype, fill), lambda: x.new_full(shape, fill))], 1)
 
 
-def filled(pool: Pages, key: Tensor, value: Tensor) -> Pages:
-    """A pool like this with the keys and values [rows, length, head_dim], its pages in order and none to spare."""
-    (rows, length), made = key.shape[:2], {}
-    pages = pages_of(length)
+def first_pool(key: Tensor, value: Tensor, format: str | None, once: Once) -> tuple[Pages, Tensor]:
+    """A pool of copies of keys and values [rows, length, head_dim], its pages in order, and how many of them are free: none."""
+    (rows, most), device, made = key.shape[:2], key.device, {}
+    pages = rows * pages_of(most)
     for name, x in (("key", key), ("value", value)):
-        coded = (x.to(pool.key.dtype),) if pool.format is None else encode(x, pool.format)
+        coded = (x,) if format is None else encode(x, format)
         for field, new in zip((name, name + "_scale"), coded, strict=False):
-            # a copy in any case: others may hold on to what came
-            made[field] = filled_up(as_bytes(new), 0).view(new.dtype).view(rows * pages, SIZE, -1)
-    table = torch.arange(rows * pages, dtype=torch.int32, device=key.device).view(rows, pages)
-    return dataclasses.replace(pool, **made, table=table, length=torch.full_like(table[:, 0], length), bound=length)
+            made[field] = filled_up(as_bytes(new), 0, once).view(new.dtype).view(pages, SIZE, -1)
+    sizes = [n for size in (pages, rows, 1) for n in (size, -size % 4)]  # each begins where 16 bytes do
+
+    def numbers() -> Tensor:
+        parts = torch.zeros(sum(sizes), dtype=torch.int32, device=device)
+        table, _, length, *_ = parts.split(sizes)
+        torch.arange(pages, out=table)
+        length.fill_(most)
+        return parts
+
+    table, _, length, _, top, _ = once(device, ("first pool", rows, most), numbers).clone().split(sizes)
+    return Pages(**made, table=table.view(rows, -1), length=length, bound=most, format=format), top
 
 
 def end_to_end(blocks: Sequence[PageRows]) -> tuple[Pages, dict[str, Tensor], Tensor]:

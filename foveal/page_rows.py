@@ -16,9 +16,10 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
+from .once import Once
 from .ops.pages import Pages, append_page_keys, as_bytes, pools, put
 from .ops.scores import pool_newest
-from .page_pool import SIZE, filled, filled_up, pages_of
+from .page_pool import SIZE, pages_of
 from .rows import FIXED, Rows, round_up
 
 ROOM = 128  # keys a row grows by, at least: memory that moves costs a captured graph
@@ -27,7 +28,20 @@ ROOM = 128  # keys a row grows by, at least: memory that moves costs a captured 
 class PageRows(Rows):
     """All rows of a layer. `fixed` rows show the host nothing but their capacity, as a captured graph must see them."""
 
-    __slots__ = ("_bound", "assured", "fixed", "format", "free", "generation", "host", "lost", "pool", "table", "top")
+    __slots__ = (
+        "_bound",
+        "assured",
+        "fixed",
+        "format",
+        "free",
+        "generation",
+        "host",
+        "lost",
+        "ordered",
+        "pool",
+        "table",
+        "top",
+    )
 
     def __init__(
         self,
@@ -37,20 +51,29 @@ class PageRows(Rows):
         lengths: Sequence[int],
         heads: frozenset[int],
         dtype: torch.dtype,
+        arange: Tensor | None = None,
+        top: Tensor | None = None,
     ):
-        """pool: pages 0, 1, ... are taken row by row for `lengths` keys each; the rest is free."""
+        """pool: pages 0, 1, ... are taken row by row for `lengths` keys each; the rest is free.
+
+        arange: the numbers of the rows, where other rows have them already.  top: how many pages are free, int32 [1], where that is there.
+        """
         self.pool, self.planes, self.fills, self.heads, self.dtype = pool, planes, fills, heads, dtype
         self.index, self.fixed, self.pages = None, False, {}
         self.lost = False  # whether the latest step let keys go by the word of the device
         self.generation = 0  # grows when memory moves, which a captured graph cannot follow
         device, total = pool.key.device, pool.key.shape[0]
-        self.arange = torch.arange(len(lengths), device=device)
+        self.arange = torch.arange(len(lengths), device=device) if arange is None else arange
         self.host: list[int] | None = list(lengths)
         self._bound = max(lengths, default=0)
         taken = sum(pages_of(n) for n in lengths)
-        # entries past `top` mean nothing
-        self.free = torch.arange(taken, taken + total, dtype=torch.int32, device=device)
-        self.top = torch.full((1,), total - taken, dtype=torch.int32, device=device)
+        self.ordered = 0 < taken == total and min(lengths) == self._bound  # see `Pages`; until a page is taken
+        # a stack: entries past `top` mean nothing
+        if taken == total:
+            self.free = torch.empty(total, dtype=torch.int32, device=device)
+        else:
+            self.free = torch.arange(taken, taken + total, dtype=torch.int32, device=device)
+        self.top = torch.full((1,), total - taken, dtype=torch.int32, device=device) if top is None else top
         self.assured = 0
 
     # ------------------------------------------------------------------ what there is
@@ -73,7 +96,7 @@ class PageRows(Rows):
     def view(self) -> Pages:
         """The pages as operations take them."""
         p = self.pool
-        return dataclasses.replace(p, bound=self.bound)
+        return dataclasses.replace(p, bound=self.bound, ordered=self.ordered)
 
     @property
     def capacity(self) -> int:
@@ -162,8 +185,8 @@ class PageRows(Rows):
                 grown[name] = pad(as_bytes(x), (0, 0, 0, 0, 0, more)).view(x.dtype)
         self.pool = dataclasses.replace(p, **grown)
         self.generation += 1
-        fresh = torch.arange(old, old + more, dtype=torch.int32, device=self.device)
-        self.free = torch.cat([self.free[:have], fresh, self.free.new_zeros(old - have)])
+        fresh = torch.arange(old, 2 * old + more - have, dtype=torch.int32, device=self.device)
+        self.free = torch.cat([self.free[:have], fresh]) if have else fresh
         self.top = torch.full_like(self.top, have + more)
 
     def _more_slots(self, least: int) -> None:
@@ -172,21 +195,18 @@ class PageRows(Rows):
         for name, plane in self.planes.items():
             more = [0, 0] * (plane.ndim - 2) + [0, wanted - self._bound]
             self.planes[name] = pad(plane[:, : self._bound], more, value=self.fills[name])
-        table = self.pool.table
+        table, self.ordered = self.pool.table, False
         new = pad(table, (0, wanted // SIZE - table.shape[1]))
         recent = None if self.pool.recent is None else self.pool.recent.resized(wanted)
         self.pool = dataclasses.replace(self.pool, table=new, recent=recent)
         self.pages.clear()
         self.generation += 1
 
-    def append(self, key: Tensor, value: Tensor, ids: int | Tensor) -> None:
+    def append(self, key: Tensor, value: Tensor, ids: int | Tensor, once: Once) -> None:
         extra = key.shape[1]
-        if extra > 1 and self._bound == len(self.pool.key) == 0 and self.pool.recent is None:
-            self._begin(key, value, ids)
-            return
         self.reserve(extra)
         if extra > 1:
-            self._append_many(key, value, ids)
+            self._append_many(key, value, ids, once)
             return
         if not isinstance(ids, Tensor):
             ids = torch.full((len(self.arange),), ids, dtype=torch.int32, device=self.device)
@@ -199,27 +219,15 @@ class PageRows(Rows):
 
     def advance(self, steps: int, seen: bool = True) -> None:
         """What the host may note of keys that were appended. Not `seen`: by a captured graph that lets others go."""
+        self.ordered = False
         self._bound += steps
         self.assured -= steps
         self.host = [n + steps for n in self.host] if seen and self.host is not None else None
 
-    def _begin(self, key: Tensor, value: Tensor, ids: Tensor) -> None:
-        """The first keys of all rows: pages in order, and none to spare."""
-        rows, extra = key.shape[:2]
-        self.pool, capacity = filled(self.pool, key, value), pages_of(extra) * SIZE
-        for name, plane in self.planes.items():
-            if name == "token":
-                self.planes[name] = filled_up(ids.expand(rows, -1), self.fills[name])
-            else:
-                self.planes[name] = plane.new_full((rows, capacity, *plane.shape[2:]), self.fills[name])
-        self.free = self.pool.table.flatten().clone()
-        self.host, self._bound, self.assured = [extra] * rows, extra, 0
-        self.generation += 1
-
-    def _append_many(self, key: Tensor, value: Tensor, ids: Tensor) -> None:
+    def _append_many(self, key: Tensor, value: Tensor, ids: Tensor, once: Once) -> None:
         lengths, extra, have = self.lengths(), key.shape[1], self.spare_pages
         if self.even and self.pool.format is None and self.pool.recent is None:
-            self._append_evenly(key, value, ids, have)
+            self._append_evenly(key, value, ids, have, once)
             return
         first = torch.tensor([pages_of(n) for n in lengths])
         counts = torch.tensor([pages_of(n + extra) for n in lengths]) - first
@@ -236,7 +244,7 @@ class PageRows(Rows):
         self.planes["token"].scatter_(1, slots, ids.expand(len(self.arange), -1).to(torch.int32))
         self._appended(extra)
 
-    def _append_evenly(self, key: Tensor, value: Tensor, ids: Tensor, have: int) -> None:
+    def _append_evenly(self, key: Tensor, value: Tensor, ids: Tensor, have: int, once: Once) -> None:
         """The same where all rows are equally long: what is computed a row there is known here."""
         rows, extra, length = len(self.arange), key.shape[1], self.host[0]
         first, last = length // SIZE, pages_of(length + extra)
@@ -244,10 +252,12 @@ class PageRows(Rows):
             taken = slice(have - rows * new, have)
             self.pool.table[:, last - new : last] = self.free[taken].view(rows, new)
             self.top.fill_(taken.start)
-        inside = torch.arange(length - first * SIZE, length - first * SIZE + extra, device=self.device)
-        at = self.pool.table[:, first:last].index_select(1, inside // SIZE).long() * SIZE + inside % SIZE
+        slots = lambda: torch.arange(length - first * SIZE, length - first * SIZE + extra, device=self.device)
+        page = once(self.device, ("page of slots", length, extra), lambda: slots() // SIZE)
+        inside = once(self.device, ("place in page", length, extra), lambda: slots() % SIZE)
+        at = torch.add(inside, self.pool.table[:, first:last].index_select(1, page), alpha=SIZE)
         for pool, x in ((self.pool.key, key), (self.pool.value, value)):
-            pool.flatten(0, 1)[at.flatten()] = x.reshape(-1, x.shape[2]).to(pool.dtype)
+            pool.flatten(0, 1)[at] = x.to(pool.dtype)
         self.planes["token"][:, length : length + extra] = ids
         self._appended(extra)
 

@@ -10,16 +10,17 @@ import torch
 from torch import Tensor
 
 from .errors import InputError
+from .once import Once
 from .ops.formats import check_format
 from .ops.leave import Leaving, leave_page_keys
 from .ops.pages import drop_page_keys, pools
 from .ops.recent import Recent
-from .page_pool import end_to_end, new_pool, packed, pages_of
+from .page_pool import SIZE, end_to_end, filled_up, first_pool, new_pool, packed, pages_of
 from .page_rows import PageRows
 from .rows import Piece, pool
 
 if TYPE_CHECKING:
-    from .edits import Leave
+    from .edits import Leave, Plane
     from .rows import Layout
 
 SPARE = 16  # a pool that must grow for rows that come grows by a sixteenth more, or every arrival would move it
@@ -84,26 +85,61 @@ class PagedRows(PageRows):
 
     @classmethod
     def start(
-        cls, key: Tensor, value: Tensor, planes: dict[str, Tensor], fills: Mapping[str, float], layout: Layout
+        cls,
+        key: Tensor,
+        value: Tensor,
+        planes: dict[str, Tensor],
+        fills: Mapping[str, float],
+        layout: Layout,
+        heads: frozenset[int],
     ) -> PagedRows:
-        """Rows without keys for keys and values like these, [batch, kv_heads, length, head_dim]."""
-        lengths = [0] * (key.shape[0] * key.shape[1])
-        check_format(layout.format, key.shape[3], value.shape[3])
+        """Rows without keys for keys and values like these, [rows, length, head_dim]."""
+        lengths = [0] * len(key)
+        check_format(layout.format, key.shape[2], value.shape[2])
         pool = new_pool(key, value, layout.format, 0, lengths)
         if layout.residual:
             pool = dataclasses.replace(pool, recent=Recent.start(len(lengths), layout.residual, 0, key, value))
-        return cls(pool, planes, fills, lengths, frozenset(range(key.shape[1])), key.dtype)
+        return cls(pool, planes, fills, lengths, heads, key.dtype)
+
+    @classmethod
+    def begin(
+        cls,
+        key: Tensor,
+        value: Tensor,
+        token: int,
+        specs: Mapping[str, Plane],
+        fills: Mapping[str, float],
+        format: str | None,
+        heads: frozenset[int],
+        once: Once,
+    ) -> PagedRows:
+        """Rows that hold keys and values [rows, length, head_dim] with token ids from `token` on, and have no page to spare.
+
+        What small tensors hold is the same in every layer, so it is computed in the first and copied in the others.
+        """
+        check_format(format, key.shape[2], value.shape[2])
+        (rows, length), device = key.shape[:2], key.device
+        capacity = pages_of(length) * SIZE
+        ids = lambda: torch.arange(token, token + length, dtype=torch.int32, device=device).expand(rows, -1)
+        plane = once(device, ("token ids", token, rows, length), lambda: filled_up(ids(), fills["token"], once))
+        planes = {"token": plane.clone()}
+        for name, spec in specs.items():
+            planes[name] = torch.full((rows, capacity, *spec.width), fills[name], dtype=spec.dtype, device=device)
+        pool, top = first_pool(key, value, format, once)
+        arange = once(device, ("rows", rows), lambda: torch.arange(rows, device=device))
+        return cls(pool, planes, fills, [length] * rows, heads, key.dtype, arange, top)
 
     def take(self, positions: Sequence[int], numbers: Sequence[int], total: int, heads: int) -> PagedRows:
         lengths = self.lengths()
         return self.pack([Piece(self, list(numbers), [lengths[p] for p in positions], None, list(positions))], heads)[0]
 
     @classmethod
-    def pack(cls, pieces: Sequence[Piece], heads: int) -> list[PagedRows]:
-        """New rows out of pieces that make up the whole store, without pages to spare."""
-        pool, planes, lengths = packed(pieces)
+    def pack(cls, pieces: Sequence[Piece], heads: int, once: Once | None = None) -> list[PagedRows]:
+        """New rows out of pieces that make up the whole store, without pages to spare. once: the pass's."""
+        pool, planes, lengths, top = packed(pieces, once or Once())
         first = pieces[0].block
-        return [cls(pool, planes, first.fills, lengths, frozenset(range(heads)), first.dtype)]
+        arange = first.arange if len(first.arange) == len(lengths) else None
+        return [cls(pool, planes, first.fills, lengths, frozenset(range(heads)), first.dtype, arange, top)]
 
     @classmethod
     def join(cls, pieces: Sequence[Piece], heads: int) -> list[PagedRows]:
@@ -115,7 +151,7 @@ class PagedRows(PageRows):
             return cls.pack(pieces, heads)
         pool, planes, free = end_to_end(blocks)
         new = cls(pool, planes, first.fills, lengths, frozenset(range(heads)), first.dtype)
-        new.free, new.top = free, torch.full_like(new.top, total - used)
+        new.free, new.top, new.ordered = free, torch.full_like(new.top, total - used), False
         return [new]
 
     # ------------------------------------------------------------------ rows come and go where they are
@@ -130,7 +166,7 @@ class PagedRows(PageRows):
         recent = None if p.recent is None else p.recent.more(rows)
         length = torch.cat([p.length, p.length.new_zeros(rows)])
         self.pool = dataclasses.replace(p, table=table, length=length, recent=recent)
-        self.arange = torch.arange(len(table), device=device)
+        self.arange, self.ordered = torch.arange(len(table), device=device), False
         self.host = [*self.lengths(), *[0] * rows]
         self.assured = 0
         self.pages.clear()
@@ -156,7 +192,7 @@ class PagedRows(PageRows):
         self.pool.length[mine] = torch.tensor(new, dtype=torch.int32, device=self.device)
         if self.pool.recent is not None:
             self.pool.recent.clear(mine)
-        self.host, self.assured = lengths, 0
+        self.host, self.assured, self.ordered = lengths, 0, False
         if self.pages:  # pooled pages are computed anew elsewhere
             self.pages.clear()
             self.generation += 1

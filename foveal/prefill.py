@@ -36,7 +36,7 @@ def prefill(
     before = None
     if not (past_whole or _lies_as_columns(rows)):
         before = _read_keys(pass_, index, rows), rows.values(), _past_mass(rows)
-    rows.append(k, v, pass_.counts[0])
+    rows.append(k, v, pass_.counts[0], pass_.once)
     step = Step(pass_, index, rows, q, k, v, logit)
     selection, replaced = choose(step, parts)
     needs, edits = needs_of(parts), edits_weights(parts)

@@ -87,7 +87,7 @@ class Recording:
             pass_.key[n] = m.begin(pass_)
         for i, recorded in self.layers.items():
             layer = store.layers[i]
-            layer.rows.append(recorded.k, recorded.v, 0)
+            layer.rows.append(recorded.k, recorded.v, 0, pass_.once)
             layer.columns, layer.is_initialized = length, True
             step = Step(pass_, i, layer.rows, recorded.q, recorded.k, recorded.v, recorded.logit)
             active = session.active[i]

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from .errors import InputError
+from .once import Once
 
 FAR = 2**31 - 1  # token id of an empty slot: later than every query
 FIXED = {"key", "value"}  # planes that hold the cache itself
@@ -148,7 +149,7 @@ class Rows:
             new[:, self.bound :] = self.fills[name]
             self.planes[name] = new
 
-    def append(self, key: Tensor, value: Tensor, ids: int | Tensor) -> None:
+    def append(self, key: Tensor, value: Tensor, ids: int | Tensor, once: Once) -> None:
         """key, value [rows, length, head_dim]; ids: a number, [length] or [rows, length]. Other planes are filled."""
         extra = key.shape[1]
         self.reserve(extra)
@@ -236,10 +237,10 @@ class Rows:
             yield self.take(positions, [numbers[p] for p in positions], total, heads)
 
     @staticmethod
-    def pack(pieces: Sequence[Piece], heads: int) -> list[Rows]:
+    def pack(pieces: Sequence[Piece], heads: int, once: Once | None = None) -> list[Rows]:
         """New classes out of pieces that make up the whole store: rows of equal `length_class(length)` share a block.
 
-        The pieces are used up: a block that stays together is not copied.
+        The pieces are used up: a block that stays together is not copied. once: the pass's, for rows in pages.
         """
         classes: dict[int, list[_Place]] = {}
         for place in places_of(pieces):

@@ -18,6 +18,7 @@ from . import leaving, ops
 from .edits import Bias, Keep, Leave
 from .errors import InputError
 from .method import Budget, tokens_of
+from .once import Once
 from .ops import leave, ragged
 from .ops.ragged import Logit
 from .selection import All, Selection
@@ -27,6 +28,9 @@ if TYPE_CHECKING:
     from .attach import Session
     from .cache import Store, StoreLayer
     from .model_info import ModelInfo
+
+
+_KEPT = 1 << 22  # bytes of a mask that all layers of a pass share
 
 
 class Pass:
@@ -62,7 +66,7 @@ class Pass:
         self.on_device: Tensor | None = None
         self.horizon = 0  # what no sequence grows beyond while this graph lasts
         self.bounded = False  # whether a shape followed from it
-        self.once: dict[Hashable, Tensor] = {}  # what is the same in every layer, computed in the first
+        self.once = Once()
         self.read = self.held = 0
 
     def count_keys(self, read: int, held: int) -> None:
@@ -147,7 +151,7 @@ class Step:
         if isinstance(keep, Leave):
             self.let_one_go(keep)
             return
-        self.store.apply(keep)
+        self.store.apply(keep, self.pass_.once)
         self._slots = None
 
     def let_one_go(self, rule: Leave) -> Tensor | None:
@@ -171,11 +175,8 @@ class Step:
         return torch.arange(self.L, device=self.device).expand(self.q.shape[0], -1) + first
 
     def once(self, key: Hashable, make: Callable[[], Tensor]) -> Tensor:
-        """What is the same in every layer of this pass: computed in the first one that asks, on each device that has layers."""
-        known, key = self.pass_.once, (self.device, key)
-        if key not in known:
-            known[key] = make()
-        return known[key]
+        """What is the same in every layer of this pass, computed in the first one that asks."""
+        return self.pass_.once(self.device, key, make)
 
     @property
     def whole(self) -> bool:
@@ -303,6 +304,10 @@ class Step:
         z = self._add_extra(z, start, stop)
         if self.decode and isinstance(self.visible, All) and self.store.uniform is not None:
             return z
+        newest = stop == self.L and (stop - start) * self.T <= _KEPT  # every layer asks for those
+        if not self.decode and newest and isinstance(self.visible, All) and self.whole:
+            later = self.once(("later", start, self.T), lambda: ~self.visible_mask(start, stop)[:, :1])
+            return z.masked_fill(later, -math.inf)
         seen = self.seen_slots(self.visible) if self.decode else self.visible_mask(start, stop)
         return z.masked_fill(~self.per_head_like(seen, self.H), -math.inf)
 

@@ -18,6 +18,7 @@ from torch import Tensor
 from .edits import Keep, Plane
 from .errors import InputError
 from .merging import absorb, renumber
+from .once import Once
 from .paged import PagedRows
 from .rows import FAR, FIXED, Layout, Piece, Rows, round_up
 
@@ -191,12 +192,11 @@ class LayerStore:
 
     # ------------------------------------------------------------------ growing and letting go
 
-    def append(self, key: Tensor, value: Tensor, token: int | Tensor) -> None:
-        """Append key, value [batch, kv_heads, length, head_dim]. token: id of the first new one, or [batch] ids."""
+    def append(self, key: Tensor, value: Tensor, token: int | Tensor, once: Once | None = None) -> None:
+        """Append key, value [batch, kv_heads, length, head_dim]. token: id of the first new one, or [batch] ids. once: the pass's."""
         B, G, L = key.shape[:3]
-        if self.empty:
+        if fresh := self.empty:
             self.batch, self.heads = B, G
-            self.classes = [self._allocate(key, value)]
         if (self.batch, self.heads) != (B, G):
             raise InputError(
                 f"the store holds {self.batch} sequences x {self.heads} KV heads but got keys for {B} x {G}: "
@@ -204,29 +204,39 @@ class LayerStore:
             )
         # keys and values are data here: gradients flow through the attention call, never through the store
         key, value = key.detach().flatten(0, 1), value.detach().flatten(0, 1)
+        once = once or Once()
+        if fresh and L > 1 and isinstance(token, int) and self._in_pages(key) and not self.layout.residual:
+            format, heads = self.layout.format, frozenset(range(G))
+            self.classes = [PagedRows.begin(key, value, token, self.specs, self.fills, format, heads, once)]
+            return
+        if fresh:
+            self.classes = [self._allocate(key, value)]
         if isinstance(token, Tensor):
             ids = token.to(key.device, torch.int32).repeat_interleave(G)[:, None]
             ids = ids if L == 1 else ids + torch.arange(L, dtype=torch.int32, device=key.device)
         else:
-            ids = token if L == 1 else torch.arange(token, token + L, dtype=torch.int32, device=key.device)
+            made = lambda: torch.arange(token, token + L, dtype=torch.int32, device=key.device)
+            ids = token if L == 1 else once(key.device, ("new ids", token, L), made)
         for c in self.classes:
-            c.append(c.pick(key), c.pick(value), c.pick(ids) if isinstance(token, Tensor) else ids)
+            c.append(c.pick(key), c.pick(value), c.pick(ids) if isinstance(token, Tensor) else ids, once)
+
+    def _in_pages(self, key: Tensor) -> bool:
+        paged, format, _ = self.layout
+        return key.is_cuda or format is not None if paged is None else paged
 
     def _allocate(self, key: Tensor, value: Tensor) -> Rows:
-        rows, device, layout = key.shape[0] * key.shape[1], key.device, self.layout
-        paged = layout.paged
-        if paged is None:
-            paged = device.type == "cuda" or layout.format is not None
+        """Rows without keys for keys and values like these, [rows, length, head_dim]."""
+        rows, device, heads = len(key), key.device, frozenset(range(self.heads))
         planes = {"token": torch.empty(rows, 0, dtype=torch.int32, device=device)}
         for name, spec in self.specs.items():
             planes[name] = torch.empty(rows, 0, *spec.width, dtype=spec.dtype, device=device)
-        if paged:
-            return PagedRows.start(key, value, planes, self.fills, layout)
-        planes |= {"key": key.new_empty(rows, 0, key.shape[3]), "value": value.new_empty(rows, 0, value.shape[3])}
-        return Rows(planes, self.fills, 0, None, None, frozenset(range(key.shape[1])))
+        if self._in_pages(key):
+            return PagedRows.start(key, value, planes, self.fills, self.layout, heads)
+        planes |= {"key": key.new_empty(rows, 0, key.shape[2]), "value": value.new_empty(rows, 0, value.shape[2])}
+        return Rows(planes, self.fills, 0, None, None, heads)
 
-    def apply(self, keep: Keep) -> None:
-        """Let go of what `keep` does not keep."""
+    def apply(self, keep: Keep, once: Once | None = None) -> None:
+        """Let go of what `keep` does not keep. once: the pass's."""
         self._check_filled()
         if keep.heads is not None and self.classes[0].paged:
             keep = self._for_all_heads(keep)
@@ -235,7 +245,7 @@ class LayerStore:
         if keep.renumber:
             renumber(self, keep)
         if keep.slots is not None:
-            self._stay(keep.slots)
+            self._stay(keep.slots, once)
         elif keep.mask is not None:
             self._compact(keep.mask)
         else:
@@ -266,7 +276,7 @@ class LayerStore:
         self.classes = classes
         return [c for c in classes if c.heads <= heads]
 
-    def _stay(self, slots: Tensor) -> None:
+    def _stay(self, slots: Tensor, once: Once | None) -> None:
         """Keep these slots, [batch, kv_heads, n]: every row has them."""
         if slots.shape[:2] != (self.batch, self.heads) or slots.shape[2] > self.T:
             raise InputError(
@@ -276,7 +286,7 @@ class LayerStore:
         if (count := slots.shape[2]) < self.T:
             order = slots.flatten(0, 1)
             pieces = [Piece(c, c.numbers(), [count] * len(c.arange), c.pick(order)) for c in self.classes]
-            self.classes = self.classes[0].pack(pieces, self.heads)
+            self.classes = self.classes[0].pack(pieces, self.heads, once)
 
     def _compact(self, mask: Tensor) -> None:
         mask = (mask & self.valid).flatten(0, 1)

@@ -22,7 +22,8 @@ class Pages:
 
     key: [pages, size, head_dim], value: [pages, size, value_dim], or their codes (see `foveal.ops.formats`).  table: int32 [rows, most],
     the pages of each row in order.  length: int32 [rows].  bound: no row is longer.  format, key_scale, value_scale: how codes are read.
-    recent: the newest keys of each row as they came, which are read in the place of their codes.
+    recent: the newest keys of each row as they came, which are read in the place of their codes.  ordered: the pages lie row by row,
+    equally many of each and no others, so that the lists need not be asked.
     """
 
     key: Tensor
@@ -34,6 +35,7 @@ class Pages:
     key_scale: Tensor | None = None
     value_scale: Tensor | None = None
     recent: Recent | None = None
+    ordered: bool = False
 
     @property
     def size(self) -> int:
@@ -50,11 +52,16 @@ class Pages:
 
     def at(self, slots: Tensor) -> Tensor:
         """Where slots [rows, m] lie in the pools flattened over pages."""
+        if self.ordered:
+            total = len(self.key) * self.size
+            return slots + torch.arange(0, total, total // self.rows, device=slots.device)[:, None]
         page = self.table.gather(1, (slots // self.size).long())
         return page.long() * self.size + slots % self.size
 
     def read(self, name: str, dtype: torch.dtype) -> Tensor:
-        """Keys or values of all slots up to the bound as numbers: [rows, bound, head_dim]."""
+        """Keys or values of all slots up to the bound as numbers: [rows, bound, head_dim]; a view where they lie so."""
+        if self.ordered and self.format is None:
+            return getattr(self, name).view(self.rows, -1, getattr(self, name).shape[2])[:, : self.bound]
         if self.recent is not None:
             return self.gather(name, torch.arange(self.bound, device=self.key.device).expand(self.rows, -1), dtype)
         pages = self.table[:, : -(-self.bound // self.size)]

@@ -122,7 +122,7 @@ def test_layers_give_way_late_and_to_the_same_result(ids, monkeypatch):
     layers, method, applied = 12, Tappa(16, window=4), []
     model, pool = tiny("llama", num_hidden_layers=layers), 12 * layers
     apply = LayerStore.apply
-    monkeypatch.setattr(LayerStore, "apply", lambda self, keep: (applied.append(self), apply(self, keep))[1])
+    monkeypatch.setattr(LayerStore, "apply", lambda self, *how: (applied.append(self), apply(self, *how))[1])
 
     def read(late):
         monkeypatch.setattr(tappa, "LATE", late)
