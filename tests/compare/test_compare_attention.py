@@ -97,6 +97,24 @@ def told(model, method, tokens=8):
     return got.steps_s, got.attention_s
 
 
+def test_of_several_readings_the_median_counts_and_the_last_is_gone_on_with(watch, slow):
+    """As on a GPU; one stray tells nothing."""
+
+    class Stray(slow):
+        def end(self, pass_):
+            WATCH.takes(next(waits) * (not pass_.decode))
+
+    asker, ids = Asker(tiny("llama"), None), list(range(1, 40))
+    asker.readings, waits = 3, iter([2.0, 0.5, 0.25, *[0.0] * 99])
+    sample = Sample(tuple(ids[:30]), (ids[30],), "", 30, None, 0, 0)
+    with torch.no_grad():
+        got = asker.predict(Stray(), sample, ids[31:])
+    asker.readings = 1
+    assert got.prefill_s == pytest.approx(0.5, abs=0.01)
+    with torch.no_grad():
+        assert got.losses == asker.predict(None, sample, ids[31:]).losses
+
+
 def test_all_hooks_of_a_step_are_in_it_and_all_layers(watch, slow):
     model = tiny("llama")
     layers = model.config.num_hidden_layers
