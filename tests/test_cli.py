@@ -179,6 +179,50 @@ def test_bad_values_are_told_before_the_model_is_loaded(args, words, foveal_cli,
 @pytest.mark.parametrize(
     ("args", "words"),
     [
+        (["--samples", "0"], ["--samples 0: ask for at least one prompt or question"]),
+        (["--data", "p.jsonl", "--tasks", "passkey"], ["give --data or --tasks, not both"]),
+        (["--tasks", "needle(per_context=1.5)"], ["wants a whole number as 'per_context', got 1.5"]),
+        (["--tasks", "ruler", "--methods", "h2o", "--length", "0"], ["the model was loaded"]),
+    ],
+)
+def test_tune_knows_ruler_and_tells_bad_values_as_early(args, words, foveal_cli, monkeypatch, tmp_path):
+    def loaded(*args, **kwargs):
+        raise foveal.errors.InputError("the model was loaded")
+
+    monkeypatch.setattr("foveal.hub.load", loaded)
+    one_sentence(foveal_cli("tune", *args), *words)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_two_runs_do_not_write_into_one_folder(foveal_cli, folder, tmp_path):
+    data = tmp_path / "prompts.jsonl"
+    data.write_text('{"prompt": "The whale swam on."}\n')
+    runs = (["compare", folder, "--quick"], ["tune", folder, "--data", data])
+    with shared.alone_in(tmp_path / "a" / "out"):
+        for args in runs:
+            one_sentence(foveal_cli(*args, "--out", "a/out"), "another run is writing to a/out", "name another --out")
+    assert not (tmp_path / "a").exists()  # nothing came in
+    with shared.alone_in(tmp_path / "a"):
+        (tmp_path / "a" / "answers.jsonl").touch()
+    assert (tmp_path / "a" / "answers.jsonl").exists()
+
+
+def test_a_profile_of_other_limits_that_stays_is_named(foveal_cli, folder, tmp_path):
+    data = tmp_path / "prompts.jsonl"
+    data.write_text('{"prompt": "The whale swam on and the ship came after it."}\n')
+    search = ["tune", folder, "--data", data, "--plain", "--methods", "h2o", "--tokens", "2", "--out", "t"]
+    assert foveal_cli(*search, "--memory", "1", "--max-drop", "0.99").code == 0
+    kept = (tmp_path / "t" / "foveal.toml").read_text()
+    none = foveal_cli(*search, "--memory", "0.000001", "--max-drop", "0.005")
+    assert none.code == 1
+    assert "Nothing tried keeps 99.5% of dense in 0.0001% of the cache" in none.out
+    assert "foveal.toml is an earlier search's, with other limits" in none.err
+    assert (tmp_path / "t" / "foveal.toml").read_text() == kept
+
+
+@pytest.mark.parametrize(
+    ("args", "words"),
+    [
         ([""], ["the prompt is empty: give at least one word"]),
         (["-"], ["the prompt is empty"]),
         (["hi", "--tokens", "0"], ["--tokens 0: ask for at least one token"]),

@@ -216,6 +216,9 @@ def test_a_task_in_which_dense_scores_nothing_is_left_out_and_said():
     _, h2o = summary_rows(results)
     assert h2o.quality is None
     assert headline(results).startswith("The dense model itself scores nothing here")
+    assert "in needle, perplexity, which are left out" in markdown_table(results)
+    results["records"][3] |= {"status": "skipped", "score": None}
+    assert headline(results).startswith("The dense model scores nothing in what it finished so far")
 
 
 def test_settings_that_differ_name_the_series():

@@ -2,6 +2,7 @@
 
 import socket
 import sys
+import threading
 
 import pytest
 import torch
@@ -12,6 +13,7 @@ from foveal.cli.workers import RayCommand
 from foveal.errors import InputError
 from foveal.scale import Lost, WorkersError, connect, crew
 from foveal.scale import cluster as ray_cluster
+from foveal.scale.processes import Processes
 
 
 @pytest.fixture(scope="module")
@@ -88,6 +90,24 @@ def test_bad_numbers_of_workers_are_refused(workers, model):
         crew(Summer, model, None, workers=workers)
 
 
+def test_no_more_workers_come_than_there_are_cells(model, monkeypatch):
+    came, start = [], Processes._start
+    monkeypatch.setattr(Processes, "_start", lambda self: came.append(1) or start(self))
+    with crew(Summer, model, None, workers=16) as hands:
+        done(hands, [("sleep", 0.1)] * 2)
+        assert len(came) == 2
+        done(hands, [3])
+        assert len(came) == 2
+        done(hands, [("sleep", 0.1)] * 3, at_once=1)
+        assert len(came) == 2
+
+
+def test_a_thousand_processes_are_refused(model, monkeypatch):
+    monkeypatch.setattr("os.cpu_count", lambda: 2)
+    with pytest.raises(InputError, match=r"workers = 1,000: this machine has 2 cores, .* ask for at most 32"):
+        crew(Summer, model, None, workers=1000)
+
+
 # ---------------------------------------------------------------------- clusters that are not there
 
 
@@ -121,6 +141,26 @@ def test_a_cluster_that_cannot_be_reached_is_told_soon(some_ray, monkeypatch):
         connect(f"ray://127.0.0.1:{port}")
     with pytest.raises(InputError, match=r"no Ray cluster runs here .*nobody answers"):
         connect("auto")
+
+
+@pytest.mark.parametrize("answer", [b"HTTP/1.0 400 Bad request\r\n\r\n", b"", bytes(3) + b"\x04" + bytes(5)])
+def test_only_what_speaks_as_ray_does_is_joined(answer, some_ray):
+    """Ray would try for minutes to join whatever else listens there."""
+    with socket.create_server(("127.0.0.1", 0)) as server:
+
+        def serve():
+            line, _ = server.accept()
+            with line:
+                line.recv(100)
+                line.sendall(answer)
+
+        threading.Thread(target=serve, daemon=True).start()
+        address = f"127.0.0.1:{server.getsockname()[1]}"
+        speaks = answer[3:4] == b"\x04"
+        with pytest.raises(
+            InputError, match="nobody answers" if speaks else f"what answers at {address} is no Ray cluster"
+        ):
+            connect(address)
 
 
 @pytest.mark.parametrize(

@@ -14,6 +14,7 @@ from .shared import (
     Device,
     Dtype,
     Model,
+    alone_in,
     app,
     budget_value,
     command_line,
@@ -28,6 +29,7 @@ from .workers import Ray, RayCommand, Workers, check_place, load_for
 
 @app.command(cls=RayCommand)
 def compare(
+    ctx: typer.Context,
     model: Model = None,
     methods: Annotated[
         str | None, typer.Option(help='Comma-separated names, compositions like "quest|h2o(budget=0.5)", or "all".')
@@ -79,6 +81,7 @@ def compare(
     check_writable(page, "--out")
     check_writable(json_path, "--json" if json_path.parent != out else "--out")
     check_place(workers, ray, device)
+    ctx.with_resource(alone_in(out))
     loaded = load_for(model, device, dtype, ray)
     with progress_bar("reading the plan") as progress:
         result = run(

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -17,6 +18,11 @@ from ..tasks import tasks as known_tasks
 
 if TYPE_CHECKING:
     from ..method import Method
+
+try:
+    import fcntl
+except ImportError:  # Windows has none: there two runs in one folder are not told apart
+    fcntl = None
 
 console, errors = Console(), Console(stderr=True)
 
@@ -84,6 +90,32 @@ def progress_bar(first: str) -> Iterator[Callable[[str, float], None]]:
     with Progress(*columns, console=errors, transient=False) as progress:
         bar = progress.add_task(first, total=1.0)
         yield lambda line, share: progress.update(bar, description=line, completed=share)
+
+
+@contextmanager
+def alone_in(folder: Path) -> Iterator[None]:
+    """Keep other runs out of a folder of answers, which they would write over; folders made for it go again if nothing came in.
+
+    Raises InputError where another run works there.
+    """
+    made = [place for place in (folder, *folder.parents) if not place.exists()]
+    folder.mkdir(parents=True, exist_ok=True)
+    held = None if fcntl is None else os.open(folder, os.O_RDONLY)
+    try:
+        if held is not None:
+            try:
+                fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                raise InputError(f"another run is writing to {folder}: wait for it, or name another --out") from None
+            except OSError:  # a file system without locks
+                pass
+        yield
+    finally:
+        if held is not None:
+            os.close(held)
+        with suppress(OSError):
+            for place in made:
+                place.rmdir()
 
 
 def split_values(text: str | None, name: str) -> list[str]:

@@ -13,9 +13,11 @@ from .shared import (
     Device,
     Dtype,
     Model,
+    alone_in,
     app,
     command_line,
     console,
+    errors,
     progress_bar,
     split_values,
 )
@@ -24,6 +26,7 @@ from .workers import Ray, RayCommand, Workers, check_place, load_for
 
 @app.command(cls=RayCommand)
 def tune(
+    ctx: typer.Context,
     model: Model = None,
     data: Annotated[
         Path | None,
@@ -53,6 +56,7 @@ def tune(
     ray: Ray = None,
 ) -> None:
     """Which method and budget serve this model within a memory limit? Searches on your prompts and writes a profile."""
+    from ..compare.plan import expanded
     from ..compare.report import write_report
     from ..spec import parse_task
     from ..tune.prompts import read_prompts
@@ -60,15 +64,21 @@ def tune(
     from ..tune.search import tune as run
 
     names = split_values(methods, "methods") or None
-    chosen = [parse_task(t) for t in split_values(tasks, "tasks")] or None
+    _, asked = expanded([], split_values(tasks, "tasks"))
+    chosen = [parse_task(t) for t in asked] or None
     check_drop(max_drop)
     candidates(memory, names)
+    if samples is not None and samples < 1:
+        raise InputError(f"--samples {samples}: ask for at least one prompt or question")
+    if data is not None and chosen is not None:
+        raise InputError("give --data or --tasks, not both: prompts are the task")
     if tokens < 1:
         raise InputError(f"--tokens {tokens}: ask for at least one token")
     if data is not None:
         read_prompts(data, plain=plain, max_new_tokens=tokens)
     check_writable(out / "foveal.toml", "--out")
     check_place(workers, ray, device)
+    ctx.with_resource(alone_in(out))
     loaded = load_for(model, device, dtype, ray)
     with progress_bar("reading the plan") as progress:
         found = run(
@@ -100,6 +110,8 @@ def tune(
         if found.profile is None
         else [found.profile.save(out / "foveal.toml"), out / "report.html"]
     )
+    if found.profile is None and (out / "foveal.toml").exists():
+        errors.print(f"{out / 'foveal.toml'} is an earlier search's, with other limits", markup=False, soft_wrap=True)
     console.print(f"wrote {' and '.join(map(str, files))}", highlight=False, markup=False, soft_wrap=True)
     if found.profile is None:
         raise typer.Exit(1)

@@ -86,6 +86,8 @@ def headline(results: dict) -> str:
     if not told:
         return "This run has no finished dense baseline, so scores stand alone and shares of dense are not known."
     if max(told) <= 0:
+        if not all(r.complete for r in rows if r.baseline):
+            return "The dense model scores nothing in what it finished so far, so shares of it are not known yet."
         return "The dense model itself scores nothing here, so shares of it mean nothing: ask shorter texts or other tasks."
     if not ranked:
         return "No method finished every task and length, so none is named best; the table shows what did finish."

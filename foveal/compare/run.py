@@ -212,8 +212,11 @@ class _Run:
                 # on a document that is read again every question is asked: a later turn needs those before it
                 open_ = {s.context for t, s in asked if any(self._known(c, t, s) is None for c in configs)}
                 for chunk in chunks([(t, s) for t, s in asked if s.context in open_], self.model.device):
-                    waiting = [c for c in configs if any(self._known(c, t, s) is None for t, s in chunk)]
-                    plan.append((waiting, tuple(chunk)))
+                    parts: dict[tuple[int, ...], list[Config]] = {}  # who was added later is asked more than the others
+                    for c in configs:
+                        own = {s.context for t, s in chunk if self._known(c, t, s) is None}
+                        parts.setdefault(tuple(i for i, (_, s) in enumerate(chunk) if s.context in own), []).append(c)
+                    plan += [(waiting, tuple(chunk[i] for i in part)) for part, waiting in parts.items() if part]
         step = min(ABREAST, sum(len(waiting) for waiting, _ in plan) // (PARTS * size)) if size > 1 else 1
         for waiting, chunk in plan:
             beside = tuple(c.method for c in waiting) if size == 1 else ()
@@ -271,22 +274,22 @@ class _Run:
     def _predict(self, hands: Crew, length: int, texts: int) -> None:
         """Read and go on, one sequence alone: the score of "nll" tasks, and what reading and each step cost."""
         cells = self._texts()
-        pairs = tuple((s, tuple(s.target) if t.kind == "nll" else ()) for t, s in cells)
-        waiting = [c for c in self.configs if not self._is_told(c, cells)]
+        waiting = [(c, own) for c in self.configs if (own := self._untold(c, cells))]
         self.done += (len(self.configs) - len(waiting)) * texts * (length + 1000)
 
         def begin(i: int) -> None:
-            line = f"{waiting[i].title}: speed, memory and next tokens at {length:,} tokens"
+            line = f"{waiting[i][0].title}: speed, memory and next tokens at {length:,} tokens"
             self.progress(line, self.done / self.total)
 
-        work = [Texts((c.method,), pairs, alone=True) for c in waiting]
+        pairs = lambda own: tuple((s, tuple(s.target) if t.kind == "nll" else ()) for t, s in own)
+        work = [Texts((c.method,), pairs(own), alone=True) for c, own in waiting]
         for i, out in hands.each(work, begin, at_once=self._undisturbed(hands)):
             self.done += texts * (length + 1000)
-            (got,) = [out] if isinstance(out, Lost) else out
+            (got,), (c, own) = [out] if isinstance(out, Lost) else out, waiting[i]
             if isinstance(got, Failed | Lost):
-                self._fail([waiting[i]], {(t.name, length) for t, _ in cells}, got.why)
+                self._fail([c], {(t.name, length) for t, _ in own}, got.why)
             else:
-                self._told(waiting[i], cells, got)
+                self._told(c, own, got)
 
     def _texts(self) -> list[Asked]:
         """What tells next tokens and speeds; where no task predicts, any text of the longest length tells the speed."""
@@ -313,9 +316,11 @@ class _Run:
         """Whether its next tokens count."""
         return task.kind == "nll" and task.name not in self.unscored
 
-    def _is_told(self, c: Config, cells: list[Asked]) -> bool:
-        texts = all(self._known(c, t, s) is not None for t, s in cells if self._scores(t))
-        return texts and self.journal.get(written(c.method), self._speed, cells[0][1]) is not None
+    def _untold(self, c: Config, cells: list[Asked]) -> list[Asked]:
+        """Texts that are still to be gone on with: those not known yet, or all where no speed is known."""
+        if self.journal.get(written(c.method), self._speed, cells[0][1]) is None:
+            return cells
+        return [(t, s) for t, s in cells if self._scores(t) and self._known(c, t, s) is None]
 
     @property
     def _speed(self) -> str:
@@ -331,12 +336,15 @@ class _Run:
             if self._scores(t)
         ]
         self._keep(c, answers)
+        first = self._texts()[0][1]
+        if self.journal.get(written(c.method), self._speed, first) is not None:
+            return
         stepping = [s for got in found for s in got.steps_s[1:]]
         attending = [1e3 * s for got in found for s in got.attention_s[1:]]
         pace = 1 / _median(stepping) if stepping else None  # one token alone tells no speed
         prefill, peak = _median([got.prefill_s for got in found]), max(got.peak_bytes for got in found)
         speed = [prefill, pace, peak, _median(attending) if attending else None]
-        self.journal.add(written(c.method), self._speed, [(cells[0][1], Answer(speed, found[0].held))])
+        self.journal.add(written(c.method), self._speed, [(first, Answer(speed, found[0].held))])
 
     # ------------------------------------------------------------------ keeping records
 

@@ -87,7 +87,9 @@ def _foot(results: dict, rows: list[Row]) -> list[str]:
         notes.append(NO_ATTENTION)
     nothing = [t for r in rows if r.baseline for t, s in r.tasks.items() if s.value <= 0]
     if nothing:
-        notes.append(f"Dense scores nothing in {', '.join(nothing)}, which is left out of its shares.")
+        notes.append(
+            f"Dense scores nothing in {', '.join(nothing)}, which {'is' if len(nothing) == 1 else 'are'} left out of its shares."
+        )
     if any(r.tasks and not r.complete for r in rows):
         notes.append("* not every task and length finished.")
     return notes + [f"{r.label}: {p}" for r in rows for p in r.problems]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import pickle
 import socket
 from typing import Any
@@ -12,6 +13,9 @@ from .parcel import Make, outcome, packed, unpacked
 from .pool import Died, Pool
 
 REACH = 5.0  # seconds to reach a cluster's address
+SETTINGS = b"\x04"  # the type of the frame that an HTTP/2 connection begins with on both sides (RFC 9113, 3.4 and 6.5)
+HELLO = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + bytes(3) + SETTINGS + bytes(5)
+"""Ray's servers speak gRPC, which is HTTP/2: what else listens at a port does not answer this with settings of its own."""
 
 
 def connect(address: str) -> bool:
@@ -47,11 +51,18 @@ def _check_reach(address: str) -> None:
             f"'{address}' is no address of a Ray cluster: give host:port, ray://host:port, 'auto' or 'local'"
         )
     try:
-        socket.create_connection((host, int(port)), REACH).close()
+        with socket.create_connection((host, int(port)), REACH) as line:
+            known = os.environ.get("RAY_USE_TLS", "0").lower() in ("1", "true")  # then nothing can be told
+            if not known:
+                line.settimeout(REACH)
+                line.sendall(HELLO)
+                known = line.recv(9)[3:4] == SETTINGS
     except (OSError, OverflowError) as error:
         raise InputError(
             f"cannot reach a Ray cluster at {address} ({error}): check that it runs and the port"
         ) from None
+    if not known:
+        raise InputError(f"what answers at {address} is no Ray cluster: check the host and the port")
 
 
 def has_gpus() -> bool:

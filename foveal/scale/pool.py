@@ -116,7 +116,8 @@ class Pool(Crew):
         heard = time.monotonic()
         try:
             while waiting or self.busy:
-                while len(self.idle) + len(self.busy) + len(self.coming) < self.size:
+                wanted = min(limit, len(waiting) + len(self.busy))  # each holds a model: none comes for nothing
+                while len(self.idle) + len(self.busy) + len(self.coming) < wanted:
                     self.coming.add(self._start())
                 while waiting and self.idle and len(self.busy) < limit:
                     self._hand(self.idle.popleft(), i := waiting.popleft(), cells[i], begin)

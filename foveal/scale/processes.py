@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import pickle
 import signal
 import tempfile
@@ -13,14 +14,27 @@ from typing import Any
 
 import torch
 
+from ..errors import InputError
 from .parcel import Make, outcome, packed, unpacked
 from .pool import Died, Pool
 
+MOST_PER_CORE = 16
+"""Processes a core that are still taken for meant: several share a GPU, but a thousand only fill the memory."""
+
 
 class Processes(Pool):
-    """Processes of this machine, on the model's device; a model on the first GPU is given to all GPUs that this process sees."""
+    """Processes of this machine, on the model's device; a model on the first GPU is given to all GPUs that this process sees.
+
+    Raises InputError for more than `MOST_PER_CORE` processes a core.
+    """
 
     def __init__(self, make: Make, model, tokenizer, workers: int):
+        most = MOST_PER_CORE * (os.cpu_count() or 1)
+        if workers > most:
+            raise InputError(
+                f"workers = {workers:,}: this machine has {most // MOST_PER_CORE} cores, and each process holds a model of its "
+                f"own; ask for at most {most}"
+            )
         super().__init__(workers)
         self.devices, self.threads = _devices(model.device), max(1, torch.get_num_threads() // workers)
         self.folder = tempfile.TemporaryDirectory(prefix="foveal-")

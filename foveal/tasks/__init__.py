@@ -1,6 +1,7 @@
 """Evaluation tasks: `tasks()` lists them, `get_task(name)` makes one."""
 
-from dataclasses import fields
+from dataclasses import MISSING, fields
+from typing import Any, get_type_hints
 
 from foveal.errors import InputError, suggest
 from foveal.tasks.arithmetic import Arithmetic
@@ -58,7 +59,7 @@ def get_task(name: str, **options) -> Task:
     """The task called `name`, its fields set by `options`, for example `get_task("needle", per_context=1)`.
 
     Sets of a benchmark are named with a colon: `get_task("longbench:hotpotqa", data="folder")`. Raises `InputError`
-    for an unknown name or option and suggests the nearest.
+    for an unknown name or option and suggests the nearest, and for an option of another type.
     """
     name, _, subset = name.partition(":")
     if name not in _TASKS:
@@ -69,4 +70,19 @@ def get_task(name: str, **options) -> Task:
     for option in options:
         if option not in known:
             raise InputError(f"Task '{name}' has no option '{option}'; {suggest(option, known)}")
+        _check_type(_TASKS[name], option, options[option])
     return _TASKS[name](**options)
+
+
+_KINDS = {int: "a whole number", float: "a number", bool: "True or False", str: "a text"}
+
+
+def _check_type(task: type[Task], option: str, value: Any) -> None:
+    """Raise for a value that is not of its option's type; what the option is by default always is."""
+    kind = get_type_hints(task)[option]
+    takes = {int: (int,), float: (int, float)}.get(kind, kind)
+    default = next(field.default for field in fields(task) if field.name == option)
+    if value is default is not MISSING or (isinstance(value, takes) and (kind is bool or not isinstance(value, bool))):
+        return
+    wants = _KINDS.get(kind, "a file or a folder as a text")
+    raise InputError(f"Task '{task.name}' wants {wants} as '{option}', got {value!r:.60}; correct it.")

@@ -49,10 +49,10 @@ def read_lines(path: Path, member: str | None = None) -> list[dict[str, Any]]:
         if not line.strip():
             continue
         try:
-            row = json.loads(line)
-        except json.JSONDecodeError as error:
+            row = _loads(line)
+        except (ValueError, RecursionError) as error:
             raise InputError(
-                f"Expected a JSON object on line {number} of {path}, got {line!r:.60}: {error.msg}."
+                f"Expected a JSON object on line {number} of {path}, got {line!r:.60}: {_why(error)}."
             ) from None
         if not isinstance(row, dict):
             raise InputError(f"Expected a JSON object on line {number} of {path}, got {line!r:.60}; correct it.")
@@ -65,9 +65,13 @@ def read_lines(path: Path, member: str | None = None) -> list[dict[str, Any]]:
 def read_json(path: Path) -> Any:
     """What a JSON file holds. Raises `InputError` with the line at which it stops being JSON."""
     try:
-        return json.loads(_text(path, None))
+        return _loads(_text(path, None))
     except json.JSONDecodeError as error:
         raise InputError(f"Expected JSON in {path}, got an error on line {error.lineno}: {error.msg}.") from None
+    except (ValueError, RecursionError) as error:
+        if isinstance(error, InputError):
+            raise
+        raise InputError(f"Expected JSON in {path} that can be used, got {_why(error)}; correct it.") from None
 
 
 def wanted(row: dict[str, Any], names: tuple[str, ...], path: Path) -> list[Any]:
@@ -87,6 +91,24 @@ def wanted_texts(row: dict[str, Any], names: tuple[str, ...], path: Path) -> lis
         if not isinstance(value, str):
             raise InputError(f"Expected a text as '{name}' on line {row['']} of {path}, got {value!r:.40}; correct it.")
     return values
+
+
+def _loads(text: str) -> Any:
+    """What a JSON text holds. Raises ValueError also for halves of characters, which no tokenizer takes."""
+    found = json.loads(text)
+    if "\\u" in text:
+        json.dumps(found, ensure_ascii=False).encode()
+    return found
+
+
+def _why(error: Exception) -> str:
+    if isinstance(error, json.JSONDecodeError):
+        return error.msg
+    if isinstance(error, RecursionError):
+        return "more brackets in brackets than can be read"
+    if isinstance(error, UnicodeEncodeError):
+        return "half of a character (a surrogate alone)"
+    return "a number of too many digits"
 
 
 def _text(path: Path, member: str | None) -> str:

@@ -6,6 +6,7 @@ import string
 from dataclasses import dataclass
 from itertools import pairwise
 
+from foveal.errors import InputError
 from foveal.tasks.drafted import Draft, Prompt
 from foveal.tasks.ruler import NOISE, Ruler
 from foveal.tasks.task import encode, largest
@@ -26,6 +27,11 @@ class VariableTracking(Ruler):
 
     hops: int = 4
     max_new_tokens: int = 30
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if isinstance(self.hops, bool) or not isinstance(self.hops, int) or not 1 <= self.hops <= 100:
+            raise InputError(f"Expected hops to be a whole number from 1 to 100, got {self.hops!r}; RULER's is 4.")
 
     def draft(self, tokenizer, length, seed, index):
         rng = self._rng(seed, index)

@@ -14,7 +14,7 @@ from ..compare.measure import hardware
 from ..compare.plan import Config
 from ..compare.records import Comparison
 from ..compare.rows import Row
-from ..compare.words import number, percent
+from ..compare.words import amount, number, percent
 from ..hub import model_identity
 from ..profile import Profile
 from ..spec import written
@@ -111,7 +111,7 @@ def decide(
         sentence = _praise(best, rows[best], max_drop, speeds.get(best), speeds.get(dense))
         return Tuning(sentence, best, rows[best], comparison, limits)
     near = finals[0]
-    sentence = f"Nothing tried keeps {percent(1 - max_drop)} of dense in {percent(memory)} of the cache; {_nearest(near, rows, memory)}"
+    sentence = f"Nothing tried keeps {_limit(1 - max_drop)} of dense in {_limit(memory)} of the cache; {_nearest(near, rows, memory)}"
     least = [c for c, r in rows.items() if c.method is not None and r.quality is not None and r.quality >= 1 - max_drop]
     least = [c for c in least if rows[c].kv_share is not None]
     if least:
@@ -131,13 +131,13 @@ def _praise(c: Config, row: Row, max_drop: float, speed, dense) -> str:
         return f"{text}; one sample says nothing about how sure that is."
     if row.quality_low >= 1 - max_drop:
         return f"{text}; the whole 95% interval is within the limit."
-    return f"{text}; not sure, for the 95% interval reaches below the limit of {percent(1 - max_drop)}: more prompts would tell."
+    return f"{text}; not sure, for the 95% interval reaches below the limit of {_limit(1 - max_drop)}: more prompts would tell."
 
 
 def _nearest(c: Config, rows: dict[Config, Row], memory: float) -> str:
     row = rows[c]
     over = " (more than asked for)" if row.kv_share > memory else ""
-    return f"nearest is {written(c.method)}, which keeps {_kept(row)} in {percent(row.kv_share)}{over}."
+    return f"nearest is {written(c.method)}, which keeps {_kept(row)} in {_fine(row.kv_share) if over else percent(row.kv_share)}{over}."
 
 
 def _kept(row: Row) -> str:
@@ -148,6 +148,11 @@ def _kept(row: Row) -> str:
 
 def _n(row: Row) -> int:
     return max(score.n for score in row.tasks.values())
+
+
+def _limit(share: float) -> str:
+    """A limit as it was given: 0.125 is 12.5%, and 0.995 is not 100%."""
+    return amount(float(share))
 
 
 def _fine(share: float) -> str:

@@ -55,10 +55,15 @@ class Prompts(Task):
         limit = min(length, positions or length)
         for index in random.Random(f"{self.name}/{seed}").sample(range(len(rows)), min(n, len(rows))):
             ids = self._encode(tokenizer, rows[index]["prompt"])
-            if len(ids) < 2 or len(ids) + self.max_new_tokens > limit:
+            if len(ids) < 2:
+                raise InputError(
+                    f"the prompt on line {rows[index]['']} of {self.data} has {len(ids)} tokens, expected at least 2 (all but the last "
+                    "are compressed): lengthen it or take it out"
+                )
+            if len(ids) + self.max_new_tokens > limit:
                 raise InputError(
                     f"the prompt on line {rows[index]['']} of {self.data} has {len(ids):,} tokens; with {self.max_new_tokens} "
-                    f"new ones expected from 2 to {limit:,}, which is what the model holds: shorten it or take it out"
+                    f"new ones expected up to {limit:,}, which is what the model holds: shorten it or take it out"
                 )
             parts = tuple(ids[:-1]), tuple(ids[-1:])
             found.append(Sample(*parts, self.target(rows[index]), len(ids), None, index, seed))

@@ -42,7 +42,7 @@ ROLES = {"duo": ({}, {"score": "induction"}, {"score": "echo"})}
 def candidates(memory: float, names: Sequence[str | Method] | None = None) -> list[Config]:
     """The methods that let keys go, each at every budget and by each head role; `names` are tried instead where given."""
     check_memory(memory)
-    budgets = [round(share * memory, 6) for share in SHARES if share * memory < 1]
+    budgets = [max(round(share * memory, 6), 1e-6) for share in SHARES if share * memory < 1]
     if names is None:
         kept = {"keep", "end"}
         names = [n for n, c in methods().items() if kept & set(c().asks) and "budget" in c.__dataclass_fields__]
@@ -148,16 +148,16 @@ class _Search:
     failed: dict[tuple[Config, str], str] = field(default_factory=dict)
     speeds: dict[Config, tuple[float, float]] = field(default_factory=dict)
     done: float = 0.0
+    total: float = 1.0
 
     def __call__(self, hands: Crew, command: str, data: str) -> Tuning:
         start, interrupted, alive = time.perf_counter(), False, self.configs[1:]
-        rounds = self.rounds()
-        self.total = sum(work for _, _, work in rounds)
         try:
-            before = 0
+            first = self._control(hands)
+            before, rounds = 0, self.rounds(first)
+            self.total = first + sum(work for _, _, work in rounds)
             for n, keep, _ in rounds:
                 self._round(hands, [self.configs[0], *alive], before, n)
-                self._control()
                 alive, before = self._best(alive, n)[:keep], n
             self.speeds = self._speeds(hands, alive)
         except KeyboardInterrupt:
@@ -170,10 +170,10 @@ class _Search:
         tuning.finish(self, command, data, time.perf_counter() - start, interrupted)
         return tuning
 
-    def rounds(self) -> list[tuple[int, int, int]]:
+    def rounds(self, first: int) -> list[tuple[int, int, int]]:
         """(samples of each task so far, candidates kept afterwards, answers asked for): samples double, candidates halve."""
         most, alive, seen, plan = max(map(len, self.asked.values())), len(self.configs) - 1, 0, []
-        n = min(FIRST, most)
+        n = min(first, most)
         while seen < most:
             n = most if alive <= LEAST else min(n, most)
             keep = alive if n == most else max(LEAST, math.ceil(alive / 2))
@@ -182,6 +182,26 @@ class _Search:
         return plan
 
     # ------------------------------------------------------------------ one round
+
+    def _control(self, hands: Crew) -> int:
+        """Samples of the first round: as many as it takes for dense, alone at first, to score on every task.
+
+        Shares of dense mean nothing where it scores nothing. Raises InputError where that is so on all samples.
+        """
+        dense, most, n = self.configs[0], max(map(len, self.asked.values())), FIRST
+        while True:
+            self.total = n + sum(work for _, _, work in self.rounds(n))
+            self._round(hands, [dense], 0, n)
+            scores = {task: [x for _, x in self._found(dense, task, n)] for task in self.tasks}
+            blank = [t for t, found in scores.items() if not found or (t.kind == "generate" and not any(found))]
+            if not blank:
+                return n
+            if n >= most:
+                raise InputError(
+                    f"the dense model scores nothing on {len(self.asked[blank[0].name])} samples of '{blank[0].name}', so nothing "
+                    "can be compared with it: give prompts or tasks that it can do"
+                )
+            n *= 2
 
     def _round(self, hands: Crew, configs: list[Config], before: int, n: int) -> None:
         """Let every candidate answer the samples of each task from number `before` to `n`."""
@@ -319,20 +339,10 @@ class _Search:
             raise InputError(f"no method could be measured: {'; '.join(sorted(reasons)) or 'none ran'}; name others")
         return sorted(ran, key=lambda c: (rows[c].kv_share > self.memory, -rows[c].quality, rows[c].kv_share))
 
-    def _control(self) -> None:
-        """Shares of dense mean nothing where dense itself scores nothing."""
-        for task in self.tasks:
-            scores = [x for _, x in self._found(self.configs[0], task)]
-            if not scores or (task.kind == "generate" and not any(scores)):
-                raise InputError(
-                    f"the dense model scores nothing on {len(scores)} samples of '{task.name}', so nothing can be compared with it: "
-                    "give prompts or tasks that it can do"
-                )
-
     def _speeds(self, hands: Crew, alive: list[Config]) -> dict[Config, tuple[float, float]]:
         """Seconds of reading and decode steps a second, one sequence alone, of dense and the last candidates on one text."""
         sample = max((s for samples in self.asked.values() for s in samples), key=lambda s: len(s.context))
-        filler = sample.context[:16]  # any tokens tell the pace
+        filler = (sample.context * 16)[:16]  # any tokens tell the pace
         configs, out = [self.configs[0], *alive], {}
         work = [Texts((c.method,), ((sample, filler),), alone=True) for c in configs]
         for i, found in hands.each(work, at_once=1):

@@ -20,13 +20,14 @@ import transformers
 from .. import __version__
 from ..attach import attach
 from ..compare.measure import hardware, out_of_memory
+from ..default_model import DEFAULT_MODEL
 from ..errors import InputError, UnsupportedModel, suggest
 from ..hub import check_weights, model_identity
 from ..method import check_count, methods
 from ..scale import Crew, Lost, Make, check_workers, crew
 from ..tasks import get_task
 from .claim import Claim
-from .experiments import FAILS, HOLDS, VOID, Experiment
+from .experiments import FAILS, HOLDS, VOID, Experiment, Finding
 from .lab import QUICK, Lab, named
 
 UNTESTABLE = "not testable here"
@@ -240,8 +241,14 @@ class _Verify:
 
     def _meta(self, name: str, proof: Proof) -> dict[str, Any]:
         versions = {"foveal": __version__, "torch": torch.__version__, "transformers": transformers.__version__}
-        model = Path(str(self.model.name_or_path)).name  # a folder's place is nobody's business
-        options = [*(["--quick"] if self.quick else []), *([f"--seed {self.seed}"] if self.seed else [])]
+        said = str(self.model.name_or_path)
+        model = Path(said).name  # a folder's place is nobody's business
+        on_hub = said.count("/") == 1 and said[0] not in "./~" and not Path(said).exists()
+        options = [
+            *([] if said in ("", DEFAULT_MODEL) else [f"--model {said if on_hub else model}"]),
+            *(["--quick"] if self.quick else []),
+            *([f"--seed {self.seed}"] if self.seed else []),
+        ]
         return {
             "command": " ".join(["foveal verify", name, *options]),
             "date": datetime.now(UTC).isoformat(timespec="seconds"),
@@ -297,7 +304,10 @@ def read(file: str | Path) -> Result:
         result = Result(**json.loads(Path(file).read_text(encoding="utf-8")))
         if lacking := _META - set(result.meta):
             raise ValueError(f"no {', '.join(sorted(lacking))} in its meta")
-    except (OSError, ValueError, TypeError) as error:
+        if result.verdict not in (HOLDS, FAILS, VOID, UNTESTABLE):
+            raise ValueError(f"no verdict is called {result.verdict!r}")
+        _ = result.meta["model_identity"]["weights"], [Finding(**f) for f in result.findings]
+    except (OSError, ValueError, TypeError, KeyError) as error:
         raise InputError(
             f"expected a result of `foveal verify`, but '{file}' is not one ({error}): remove it"
         ) from error

@@ -39,10 +39,12 @@ def verdict(finding: dict) -> str:
     return f"{finding['verdict']} (unsure)" if unsure else finding["verdict"]
 
 
-def setting(finding: dict) -> str:
-    """Where an experiment was run: task and length, or nothing for identities."""
+def setting(finding: dict, asked: dict | None = None) -> str:
+    """Where an experiment was run: task and length, or nothing for identities. `asked`: the most a quick run asked."""
     cell = finding["settings"]
-    return f"{cell['task']}, {cell['length']:,} tokens" if "task" in cell else "logits"
+    if "task" not in cell:
+        return "logits"
+    return f"{cell['task']}, {min(cell['length'], (asked or cell)['length']):,} tokens"
 
 
 def rich_table(results: Sequence[Result]) -> Table:
@@ -56,5 +58,6 @@ def rich_table(results: Sequence[Result]) -> Table:
         table.add_row(r.name, escape(r.words), "", f"[{style}]{r.verdict}[/]" + (f": {escape(r.why)}" if plain else ""))
         for f in r.findings:
             why = f": {escape(f['why'])}" if f["why"] else ""
-            table.add_row("", f"[dim]{escape(f['says'])} ({setting(f)})[/]", f"[dim]{measured(f)}[/]", verdict(f) + why)
+            tested = f"{escape(f['says'])} ({setting(f, r.meta['asked'])})"
+            table.add_row("", f"[dim]{tested}[/]", f"[dim]{measured(f)}[/]", verdict(f) + why)
     return table

@@ -156,6 +156,15 @@ def test_a_stopped_run_goes_on_and_more_may_be_asked(model, tokenizer, result, a
     assert all(torch.isfinite(torch.tensor(r.score)) for r in more.records)
 
 
+def test_methods_and_samples_added_at_once_ask_nothing_twice(model, tokenizer, tmp_path):
+    journal, first = tmp_path / "answers.jsonl", {"methods": ("h2o",), "budgets": (0.5,), "lengths": (800,)}
+    run(model, tokenizer, journal=journal, **first, samples=4)
+    run(model, tokenizer, journal=journal, **first | {"methods": ("h2o", "quest")}, samples=8)
+    rows = [json.loads(line) for line in journal.read_text().splitlines()[1:]]
+    keys = [(row["method"], row["task"], tuple(row["sample"])) for row in rows]
+    assert len(set(keys)) == len(keys) == 3 * (2 * 8 + 2 + 1)  # questions, texts, a speed
+
+
 def test_several_processes_give_the_same(model, tokenizer, result):
     done = run(model, tokenizer, workers=2)
     assert told(done) == told(result)

@@ -96,6 +96,30 @@ def test_lengths_out_of_range_are_refused(name):
         get_task(name).samples(characters(), 3_000, 1, positions=512)
 
 
+@pytest.mark.parametrize(
+    ("name", "options", "said"),
+    [
+        ("needle", {"per_context": "2"}, "Task 'needle' wants a whole number as 'per_context', got '2'"),
+        ("needle", {"per_context": 2.0}, r"a whole number as 'per_context', got 2\.0"),
+        ("niah", {"depths": True}, "a whole number as 'depths', got True"),
+        ("vt", {"hops": "a"}, "a whole number as 'hops', got 'a'"),
+        ("vt", {"hops": -3}, "hops to be a whole number from 1 to 100, got -3"),
+        ("vt", {"hops": 20_000}, "hops to be a whole number from 1 to 100, got 20000"),  # there are not so many names
+        ("key-perplexity", {"short": "x"}, "a number as 'short', got 'x'"),
+        ("qa_1", {"data": 5}, "a file or a folder as a text as 'data', got 5"),
+        ("longbench", {"subset": 5, "data": "."}, "a text as 'subset', got 5"),
+        ("longbench:qasper", {"truncate": "no", "data": "."}, "True or False as 'truncate', got 'no'"),
+    ],
+)
+def test_options_of_another_type_are_refused(name, options, said):
+    with pytest.raises(InputError, match=said):
+        get_task(name, **options)
+
+
+def test_whole_numbers_are_numbers_and_defaults_are_taken():
+    assert get_task("key-perplexity", gain=1, max_new_tokens=256).gain == 1
+
+
 def _golds(sample):
     return [sample.target] if isinstance(sample.target, str) else sample.target
 

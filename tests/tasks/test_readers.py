@@ -171,6 +171,9 @@ def test_what_cannot_be_found_or_fetched_is_told(tmp_path, monkeypatch):
     [
         ('{"context": "c", "input": ', "Expected a JSON object on line 3 of"),
         ("[1, 2]", "Expected a JSON object on line 3 of"),
+        ("[" * 100_000, "Expected a JSON object on line 3 of .*: more brackets in brackets than can be read"),
+        ('{"context": ' + "1" * 5_000 + "}", "Expected a JSON object on line 3 of .*: a number of too many digits"),
+        ('{"context": "\\ud800", "input": "q", "answers": ["a"]}', "on line 3 of .*: half of a character"),
         ('{"context": "c", "input": "q"}', "Expected the field 'answers' on line 3 of .*, found context, input"),
         ('{"context": null, "input": "q", "answers": ["a"]}', "Expected a text as 'context' on line 3 of .*, got None"),
         ('{"context": "c", "input": 5, "answers": ["a"]}', "Expected a text as 'input' on line 3 of .*, got 5"),
@@ -218,6 +221,25 @@ def test_answers_that_cannot_be_scored_are_named_before_any_work(tmp_path, name,
     file = write(tmp_path / "rows.jsonl", [{"context": "c", "input": "q"} | row])
     with pytest.raises(InputError, match=said):
         get_task(name, data=file)
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("[" * 100_000, "got more brackets in brackets than can be read"),
+        ('{"data": "\\udc00"}', "got half of a character"),
+        ('{"data":\n}', "got an error on line 2"),
+    ],
+)
+def test_json_that_cannot_be_used_is_told(tmp_path, text, said):
+    (tmp_path / "squad.json").write_text(text)
+    with pytest.raises(InputError, match=f"Expected JSON in .*squad.json.* {said}"):
+        get_task("qa_1", data=tmp_path)
+
+
+def test_pairs_of_surrogates_are_characters(tmp_path):
+    (tmp_path / "qasper.jsonl").write_text('{"context": "\\ud83d\\ude42", "input": "q", "answers": ["a"]}\n')
+    assert get_task("longbench:qasper", data=tmp_path).rows()[0]["context"] == "\U0001f642"
 
 
 def test_empty_files_and_other_encodings_are_refused(tmp_path):

@@ -123,7 +123,7 @@ def refused(model, monkeypatch):
         ({"names": ["dense"]}, "at least one method besides dense"),
         ({"samples": 0}, "samples = 0"),
         ({"tasks": ["passkey"]}, "not both"),
-        ({"new_tokens": 900}, "prompt on line . of .* has .* tokens; with 900 new ones expected from 2 to 1,024"),
+        ({"new_tokens": 900}, "prompt on line . of .* has .* tokens; with 900 new ones expected up to 1,024"),
     ],
 )
 def test_bad_values_are_told_before_any_work(change, said, model, tokenizer, prompts, tmp_path, monkeypatch):
@@ -267,8 +267,40 @@ def test_generated_tasks_are_searched_too_and_failures_are_told(model, tokenizer
 
 def test_a_dense_model_that_answers_nothing_right_stops_the_search(model, tokenizer, tmp_path):
     data = lines(tmp_path / "p.jsonl", [{"prompt": t, "answer": "zzyzx"} for t in TEXTS])
-    with pytest.raises(InputError, match="dense model scores nothing on 3 samples of 'prompts'"):
+    with pytest.raises(InputError, match="dense model scores nothing on 8 samples of 'prompts'"):
         search(model, tokenizer, data, tmp_path / "out")
+
+
+def test_dense_is_asked_more_until_it_answers_something_and_the_candidates_start_there(
+    model, tokenizer, tmp_path, monkeypatch
+):
+    data = lines(tmp_path / "p.jsonl", [{"prompt": t, "answer": "zzyzx"} for t in TEXTS])
+    asked = []
+    monkeypatch.setattr(Asker, "_told", None)  # prompts with answers are not gone on with before the end
+    ask = Asker.ask
+    monkeypatch.setattr(Asker, "ask", lambda self, method, *more: asked.append(method) or ask(self, method, *more))
+    with pytest.raises(InputError, match="scores nothing on 8 samples"):
+        search(model, tokenizer, data, tmp_path / "out")
+    assert set(asked) == {None}  # no candidate is asked what dense cannot do
+
+    fifth = read_prompts(data).samples(tokenizer, 1024, 8)[4].index
+    right = lambda self, sample, answer: float(sample.index == fifth)
+    monkeypatch.undo()
+    monkeypatch.setattr("foveal.tune.prompts.Answered.score", right)
+    found = search(model, tokenizer, data, tmp_path / "other")
+    counts = [r.n for r in found.comparison.records]
+    assert min(counts) == 6 and max(counts) == 8  # three samples more, then all
+
+
+def test_prompts_of_two_tokens_have_a_pace_too_and_those_of_one_are_named(model, tokenizer, tmp_path):
+    bare = characters(chat_template=None)
+    bare.bos_token = None
+    two = lines(tmp_path / "two.jsonl", [{"prompt": "ab"}])
+    found = search(model, bare, two, tmp_path / "out", plain=True, names=["streaming-llm"], memory=1.0)
+    assert found.comparison.records[0].decode_tok_s > 0
+    one = lines(tmp_path / "one.jsonl", [{"prompt": "ab"}, {"prompt": "a"}])
+    with pytest.raises(InputError, match=r"line 2 of .* has 1 tokens, expected at least 2"):
+        search(model, bare, one, tmp_path / "other", plain=True)
 
 
 # ---------------------------------------------------------------------- deciding
@@ -309,6 +341,12 @@ def test_where_nothing_meets_the_limits_the_nearest_is_shown():
         "The least memory that kept enough was 50%, by h2o(budget=0.03) (n=3)."
     )
     assert "No candidate kept enough with more memory" in decided([(0.9, 0.24)])[0].sentence
+
+
+def test_limits_are_said_as_they_were_given():
+    result, _ = decided([(0.9, 0.1251)], memory=0.125, drop=0.005)
+    assert result.sentence.startswith("Nothing tried keeps 99.5% of dense in 12.5% of the cache; ")
+    assert "in 12.5% (more than asked for)" in result.sentence
 
 
 def test_the_front_holds_what_nothing_beats():

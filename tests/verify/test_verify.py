@@ -10,6 +10,7 @@ from typer.testing import CliRunner
 
 import foveal
 from foveal import cli
+from foveal.default_model import DEFAULT_MODEL
 from foveal.errors import InputError
 from foveal.verify import Beats, BytesAtMost, Claim, Same, StaysNear
 from foveal.verify import run as run_module
@@ -65,11 +66,26 @@ def test_a_file_says_how_it_came_about_and_names_no_place(tools, known, tmp_path
     data = json.loads(text)
     assert str(tmp_path) not in text
     meta = data["meta"]
-    assert meta["command"] == "foveal verify h2o --seed 3" and meta["model"] == "mine" and meta["seed"] == 3
+    assert meta["command"] == "foveal verify h2o --model mine --seed 3"
+    assert meta["model"] == "mine" and meta["seed"] == 3
     assert set(meta["versions"]) == {"foveal", "torch", "transformers", "python"} and meta["hardware"]["cores"]
     (finding,) = data["findings"]
     assert finding["n"] == 1 and finding["line"] == 0.6 and 0.5 < finding["measured"] < 0.6
     assert data["words"] == "Half the bytes." and data["paper"] == foveal.methods()["h2o"].paper
+
+
+@pytest.mark.parametrize(
+    ("said", "option"),
+    [
+        ("someone/some-model", " --model someone/some-model"),
+        ("../some-model", " --model some-model"),
+        (DEFAULT_MODEL, ""),
+    ],
+)
+def test_the_command_in_a_file_names_the_model_unless_it_is_the_default(tools, known, monkeypatch, said, option):
+    monkeypatch.setattr(tools[0], "name_or_path", said)
+    (result,) = verify(*tools, ["h2o"]).results
+    assert result.meta["command"] == f"foveal verify h2o{option}"
 
 
 def test_finished_claims_are_not_repeated(tools, known, tmp_path, monkeypatch):
@@ -163,6 +179,10 @@ def test_bad_requests_are_refused_before_any_work(tools, known, tmp_path):
         ("{", "Expecting"),
         ("[]", "mapping"),
         (json.dumps(whole | {"meta": {"seed": 0}}), "no asked, date, dtype,"),
+        (json.dumps(whole | {"meta": whole["meta"] | {"model_identity": "x"}}), "string indices"),
+        (json.dumps(whole | {"meta": whole["meta"] | {"model_identity": {}}}), "weights"),
+        (json.dumps(whole | {"verdict": "great"}), "no verdict is called 'great'"),
+        (json.dumps(whole | {"findings": [{"says": "so"}]}), "missing 10 required"),
     )
     for text, why in torn:
         (tmp_path / "h2o.json").write_text(text)
@@ -230,6 +250,11 @@ def test_a_quick_command_says_how_little_it_asked(command):
     said = "at most 2 questions (1 of a prompt of its own) with answers of 8 tokens, or 8 tokens of 1 text, at 384 tokens. That shows"
     assert said in " ".join(command("--all", "--quick").output.split())
     assert said not in " ".join(command("--all").output.split())
+
+
+def test_a_table_names_the_length_that_was_really_asked(command):
+    words = [" ".join(command("h2o", *more).output.replace("\n", " ").split()) for more in ((), ("--quick",))]
+    assert ["400 tokens" in w for w in words] == [True, False] and "384 tokens)" in words[1]
 
 
 def test_the_command_wants_names_or_all(command):
