@@ -29,19 +29,8 @@ class PageRows(Rows):
     """All rows of a layer. `fixed` rows show the host nothing but their capacity, as a captured graph must see them."""
 
     __slots__ = (
-        "_bound",
-        "assured",
-        "fixed",
-        "format",
-        "free",
-        "generation",
-        "host",
-        "lost",
-        "ordered",
-        "pool",
-        "table",
-        "top",
-    )
+        "_bound", "assured", "fixed", "format", "free", "generation", "host", "lost", "ordered", "pool", "table", "top",
+    )  # fmt: skip
 
     def __init__(
         self,
@@ -177,7 +166,7 @@ class PageRows(Rows):
         self.assured = max(extra, have // len(lengths) * SIZE)
 
     def _more_pages(self, have: int, more: int) -> None:
-        p, old = self.pool, self.pool.key.shape[0]
+        p, old, self.ordered = self.pool, self.pool.key.shape[0], False
         grown = {}
         for name in ("key", "value", "key_scale", "value_scale"):
             x = getattr(p, name)
@@ -195,7 +184,7 @@ class PageRows(Rows):
         for name, plane in self.planes.items():
             more = [0, 0] * (plane.ndim - 2) + [0, wanted - self._bound]
             self.planes[name] = pad(plane[:, : self._bound], more, value=self.fills[name])
-        table, self.ordered = self.pool.table, False
+        table = self.pool.table
         new = pad(table, (0, wanted // SIZE - table.shape[1]))
         recent = None if self.pool.recent is None else self.pool.recent.resized(wanted)
         self.pool = dataclasses.replace(self.pool, table=new, recent=recent)
@@ -205,6 +194,7 @@ class PageRows(Rows):
     def append(self, key: Tensor, value: Tensor, ids: int | Tensor, once: Once) -> None:
         extra = key.shape[1]
         self.reserve(extra)
+        self.ordered = False  # before a page is taken
         if extra > 1:
             self._append_many(key, value, ids, once)
             return

@@ -222,3 +222,22 @@ def test_pages_in_order_are_read_as_their_lists_say(length):
         assert torch.equal(view.gather("value", slots, key.dtype), plain.gather("value", slots, key.dtype))
         assert rows.ordered == (rows.bound == length)
         store.append(*torch.randn(2, 2, 3, 1, 16), rows.bound)
+
+
+@pytest.mark.parametrize(("length", "drops"), [(33, 1), (33, 2), (66, 2), (64, 3)])
+def test_a_page_that_comes_back_may_go_to_another_row(length, drops):
+    """Pages were in order; rows gave some up, and take them again in another order."""
+    stores = [LayerStore(None, Layout(paged=paged)) for paged in (True, False)]
+    generator = torch.Generator().manual_seed(length)
+    key, value = torch.randn(2, 2, 3, length, 16, generator=generator)
+    slot = torch.randint(0, length - 4, (2, 3), generator=generator)
+    new = torch.randn(3, 2, 2, 3, 1, 16, generator=generator)
+    for store in stores:
+        store.append(key, value, 0)
+        for _ in range(drops):
+            store.apply(Keep(drop=slot))
+        for i, (k, v) in enumerate(new):
+            store.append(k, v, length + i)
+    pages, plain = stores
+    assert torch.equal(pages.token, plain.token)
+    assert torch.equal(pages.keys(), plain.keys()) and torch.equal(pages.values(), plain.values())
