@@ -209,7 +209,6 @@ class PageRows(Rows):
 
     def advance(self, steps: int, seen: bool = True) -> None:
         """What the host may note of keys that were appended. Not `seen`: by a captured graph that lets others go."""
-        self.ordered = False
         self._bound += steps
         self.assured -= steps
         self.host = [n + steps for n in self.host] if seen and self.host is not None else None

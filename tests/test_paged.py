@@ -6,7 +6,7 @@ from dataclasses import replace
 import pytest
 import torch
 from models import tiny
-from torch.utils._python_dispatch import TorchDispatchMode
+from test_decode_launches import VIEWS, Launches
 
 import foveal
 from foveal import ops
@@ -17,24 +17,6 @@ from foveal.ops.ragged import Logit
 from foveal.store import LayerStore, Layout
 
 PAGES = Layout(paged=True)
-VIEWS = {"view", "detach", "alias", "expand", "select", "slice", "unsqueeze", "as_strided", "_unsafe_view"}
-
-
-class Operations(TorchDispatchMode):
-    """Counts operations by name, those that look at memory in another way left out."""
-
-    def __init__(self):
-        super().__init__()
-        self.names = Counter()
-
-    def __torch_dispatch__(self, op, types, args=(), kwargs=None):
-        name = op.overloadpacket.__name__
-        self.names[name] += name not in VIEWS
-        return op(*args, **(kwargs or {}))
-
-    def __exit__(self, *exc):
-        super().__exit__(*exc)
-        self.names = +self.names
 
 
 def filled(length, heads=8, dim=128, layout=PAGES, dtype=torch.bfloat16) -> LayerStore:
@@ -185,23 +167,23 @@ def test_what_all_layers_share_is_computed_in_the_first():
     """A second layer that begins copies four tensors; one that keeps some keys gathers and copies, and asks no list of pages."""
     once, generator = Once(), torch.Generator().manual_seed(0)
     layers = [LayerStore(None, Layout(paged=True)) for _ in range(2)]
-    seen = []
+    seen, asked = [], VIEWS - {"empty"}
     for store in layers:
         key, value = torch.randn(2, 1, 3, 70, 16, generator=generator)
         slots = torch.stack([torch.randperm(70, generator=generator)[:41].sort().values for _ in range(3)])[None]
-        with Operations() as begun:
+        with Launches(asked) as begun:
             store.append(key, value, 0, once)
-        with Operations() as kept:
+        with Launches(asked) as kept:
             store.apply(Keep(slots=slots), once)
         at = slots[..., None].expand(-1, -1, -1, 16)
         assert torch.equal(store.keys(), key.gather(2, at)) and torch.equal(store.values(), value.gather(2, at))
         assert torch.equal(store.token, slots.int())
         key, value = torch.randn(2, 1, 3, 40, 16, generator=generator)
-        with Operations() as went_on:
+        with Launches(asked) as went_on:
             store.append(key, value, 70, once)
         assert torch.equal(store.keys()[:, :, 41:], key) and torch.equal(store.values()[:, :, 41:], value)
         assert torch.equal(store.token[0, 0, 41:], torch.arange(70, 110, dtype=torch.int32))
-        seen = [begun.names, kept.names, went_on.names]
+        seen = [Counter(x.seen) for x in (begun, kept, went_on)]
     assert seen[0] == Counter(cat=2, clone=2, split_with_sizes=1, empty=1)
     assert seen[1] == Counter(gather=1, arange=1, add=1, index_select=2, cat=3, clone=1, split_with_sizes=1, empty=1)
     grown = Counter(constant_pad_nd=4, arange=1, full_like=1)

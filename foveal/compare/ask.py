@@ -22,7 +22,9 @@ from .measure import Clock, Memory, explain, hardware, now, out_of_memory
 TOGETHER = 10  # questions answered as one batch on a CPU
 # On a GPU launches and not sequences bound a step: so many questions, of so many tokens together.
 MOST, TOKENS = 64, 40_000
-READINGS = 5  # of a text on a GPU, where one takes a moment and a single one may be a stray; the median counts
+READINGS = (
+    5  # of all texts together on a GPU, where one takes a moment and a single one may be a stray; the median counts
+)
 # Where the next turn begins, the last tokens of the question before may be written as others.
 _SEAM = 4
 
@@ -109,7 +111,6 @@ class Asker:
         self.model, self.tokenizer, self.device = model, tokenizer, model.device
         self._readings: tuple[tuple, dict[tuple, Recording | None]] = ((), {})
         self._room: float = float("inf")  # tokens of questions at a time, where memory has run out before
-        self.readings = 1 if self.device.type == "cpu" else READINGS
 
     @property
     def machine(self) -> dict:
@@ -173,16 +174,17 @@ class Asker:
         return out
 
     def _told(self, method: Method | None, work: Texts) -> list[Prediction]:
-        found = []
+        found, times = [], 1
         if work.alone:
             self._readings = (), {}  # their memory is nobody's cost
             if self.device.type == "cuda":  # nor is the first time: kernels are compiled then
                 self.predict(method, *work.texts[0])
+                times = -(-READINGS // len(work.texts))
         for sample, targets in work.texts:
             reading = None
             if not work.alone and can_replay(method):
                 reading = self._shared((sample.context,), work.beside or work.methods)[sample.context]
-            found.append(self.predict(method, sample, targets, reading))
+            found.append(self.predict(method, sample, targets, reading, times))
         return found
 
     def _shared(self, contexts: tuple, methods: Sequence[Method | None]) -> dict[tuple, Recording | None]:
@@ -239,15 +241,23 @@ class Asker:
         return Answers(scores, [reads[i] for i in range(len(chunk))], held)
 
     def predict(
-        self, method: Method | None, sample: Sample, targets: Sequence[int], reading: Recording | None = None
+        self,
+        method: Method | None,
+        sample: Sample,
+        targets: Sequence[int],
+        reading: Recording | None = None,
+        times: int = 1,
     ) -> Prediction:
-        """Read a context (or replay it, which tells no time of reading) and feed what follows token by token, one sequence alone."""
+        """Read a context (or replay it, which tells no time of reading) and feed what follows token by token, one sequence alone.
+
+        times: how often it is read, the median of which counts.
+        """
         clock = Clock() if self.device.type == "cpu" else None
         with attach(self.model, method) as session, Memory(self.device) as memory:
             if clock is not None:
                 session.clock = clock
-            seconds, store = [], None
-            for _ in range(1 if reading else self.readings):
+            seconds = []
+            for _ in range(times):
                 store = None  # its memory first
                 start = now(self.device)
                 store = self._store(session, sample.context, reading)

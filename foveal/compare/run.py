@@ -210,12 +210,13 @@ class _Run:
             asked = [(t, s) for t in self.tasks if t.kind == "generate" for s in self.cells[t.name, length]]
             for configs in [self.configs] if size == 1 else self._slices():
                 # on a document that is read again every question is asked: a later turn needs those before it
-                open_ = {s.context for t, s in asked if any(self._known(c, t, s) is None for c in configs)}
-                for chunk in chunks([(t, s) for t, s in asked if s.context in open_], self.model.device):
+                lacks = {c: {(t.name, s.context) for t, s in asked if self._known(c, t, s) is None} for c in configs}
+                open_ = set().union(*lacks.values())
+                for chunk in chunks([(t, s) for t, s in asked if (t.name, s.context) in open_], self.model.device):
                     parts: dict[tuple[int, ...], list[Config]] = {}  # who was added later is asked more than the others
                     for c in configs:
-                        own = {s.context for t, s in chunk if self._known(c, t, s) is None}
-                        parts.setdefault(tuple(i for i, (_, s) in enumerate(chunk) if s.context in own), []).append(c)
+                        part = tuple(i for i, (t, s) in enumerate(chunk) if (t.name, s.context) in lacks[c])
+                        parts.setdefault(part, []).append(c)
                     plan += [(waiting, tuple(chunk[i] for i in part)) for part, waiting in parts.items() if part]
         step = min(ABREAST, sum(len(waiting) for waiting, _ in plan) // (PARTS * size)) if size > 1 else 1
         for waiting, chunk in plan:

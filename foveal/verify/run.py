@@ -302,16 +302,23 @@ def read(file: str | Path) -> Result:
     """A result from its file; raises InputError where that is damaged."""
     try:
         result = Result(**json.loads(Path(file).read_text(encoding="utf-8")))
-        if lacking := _META - set(result.meta):
-            raise ValueError(f"no {', '.join(sorted(lacking))} in its meta")
-        if result.verdict not in (HOLDS, FAILS, VOID, UNTESTABLE):
-            raise ValueError(f"no verdict is called {result.verdict!r}")
-        _ = result.meta["model_identity"]["weights"], [Finding(**f) for f in result.findings]
+        _check(result)
     except (OSError, ValueError, TypeError, KeyError) as error:
         raise InputError(
             f"expected a result of `foveal verify`, but '{file}' is not one ({error}): remove it"
         ) from error
     return result
+
+
+def _check(result: Result) -> None:
+    """Raise ValueError, TypeError or KeyError unless all is there that tables and later runs look at."""
+    if lacking := _META - set(result.meta):
+        raise ValueError(f"no {', '.join(sorted(lacking))} in its meta")
+    if result.verdict not in (HOLDS, FAILS, VOID, UNTESTABLE):
+        raise ValueError(f"no verdict is called {result.verdict!r}")
+    result.meta["model_identity"]["weights"]
+    for finding in result.findings:
+        Finding(**finding)
 
 
 def _write(data: dict, file: Path) -> None:

@@ -105,11 +105,10 @@ def test_of_several_readings_the_median_counts_and_the_last_is_gone_on_with(watc
             WATCH.takes(next(waits) * (not pass_.decode))
 
     asker, ids = Asker(tiny("llama"), None), list(range(1, 40))
-    asker.readings, waits = 3, iter([2.0, 0.5, 0.25, *[0.0] * 99])
+    waits = iter([2.0, 0.5, 0.25, *[0.0] * 99])
     sample = Sample(tuple(ids[:30]), (ids[30],), "", 30, None, 0, 0)
     with torch.no_grad():
-        got = asker.predict(Stray(), sample, ids[31:])
-    asker.readings = 1
+        got = asker.predict(Stray(), sample, ids[31:], times=3)
     assert got.prefill_s == pytest.approx(0.5, abs=0.01)
     with torch.no_grad():
         assert got.losses == asker.predict(None, sample, ids[31:]).losses
